@@ -1,0 +1,282 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"sync"
+)
+
+// writeback brings the metadata in memory to the host file, in the one order that every operation relies
+// on. A cut takes all changes that are complete when it begins, and then writes them as of that moment, so
+// that others go on changing tables beside it:
+//
+//	round 1  refcounts; new tables were written whole when they were made        sync data file, sync
+//	round 2  pointers to new refcount blocks, to a moved refcount table          sync, if there are any
+//	round 3  L2 slices, L1 entries                                               sync, if there are any
+//	then     references that the cut dropped are lowered and written, unsynced
+//
+// What a crash leaves between any two host operations:
+//
+//   - Before the sync of round 1 ended: any part of the refcounts, data and new tables of the cut, which
+//     nothing on disk names. Refcounts on disk are never below the references (lowered ones are those of
+//     dropped references whose drop is durable), so at worst leaks (I1).
+//   - In round 2: a block or table that is named is durable, content and refcount (I3). The header names
+//     either refcount table, and both are right for every mapping on disk: the old one is not freed
+//     before this cut has ended.
+//   - In round 3: every cluster that an L2 or L1 entry names has its refcount and its content on disk (I1,
+//     I2), and the tables below an L1 entry are whole (I3). Old clusters are still held (I4).
+//   - After it: at worst the lowered counts are missing, which are leaks.
+//
+// An error anywhere leaves all that was not written dirty, and what the cut dropped held; the next cut
+// takes it all again (I6).
+type writeback struct {
+	mu      sync.Mutex // guards the numbers below
+	cond    sync.Cond
+	running bool
+	begun   uint64 // cuts begun
+	ended   uint64 // cuts ended
+	err     error  // how the last one ended
+
+	// Used by the running cut alone, or under the metadata lock:
+	limbo []freedCut // dropped references whose drop is durable, and that requests may still use
+	dirty bool       // the header's dirty bit is set on disk
+}
+
+// freedCut is what one cut dropped.
+type freedCut struct {
+	epoch uint64 // requests registered in this epoch or earlier may use the clusters
+	runs  []clusterRun
+}
+
+// flush writes back a cut that begins after flush was called. Calls at the same time share one.
+func (img *Image) flush() error {
+	w := &img.wb
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	mine := w.begun + 1
+	for w.ended < mine {
+		if w.running {
+			w.cond.Wait()
+			continue
+		}
+		w.running = true
+		w.begun++
+		w.mu.Unlock()
+		err := img.writeCut()
+		w.mu.Lock()
+		w.running = false
+		w.ended, w.err = w.begun, err
+		w.cond.Broadcast()
+	}
+	return w.err
+}
+
+// hookWrite is a refcount table entry as of a cut.
+type hookWrite struct {
+	index uint64 // of the entry
+	off   uint64 // host offset of the entry
+	block uint64 // host offset of the block
+}
+
+// cut is what one round of write-back takes.
+type cut struct {
+	slices []*l2Slice
+	l1     []l1Write
+	hooks  []hookWrite
+	moved  bool // the header's pointer to the refcount table changes
+	table  clusterRun
+	freed  freedCut
+}
+
+// writeCut takes a cut and writes it.
+func (img *Image) writeCut() error {
+	if err := img.host.failure(); err != nil {
+		return err
+	}
+	c, err := img.takeCut()
+	if err == nil {
+		err = img.writeRounds(c)
+	}
+	img.endCut(c, err)
+	return err
+}
+
+// takeCut takes everything that has changed, and writes the refcounts: they are right at any time, so they
+// need not wait, nor be as of the cut.
+func (img *Image) takeCut() (*cut, error) {
+	m := img.m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	a := m.alloc
+	c := &cut{
+		slices: m.cache.cutDirty(m.id),
+		l1:     m.cutL1(),
+		moved:  a.moved,
+		table:  clusterRun{first: a.tableOff >> m.clusterBits, n: a.tableClusters},
+	}
+	for _, i := range a.hooks {
+		c.hooks = append(c.hooks, hookWrite{index: i, off: a.tableOff + 8*i, block: a.table.load(i)})
+	}
+	a.hooks = nil
+	c.freed.runs, a.freed = a.freed, nil
+	c.freed.epoch = img.reqs.advance()
+	a.moved = false
+
+	if img.lazy && !img.closing.Load() {
+		if (len(c.slices) > 0 || len(c.l1) > 0) && !img.wb.dirty {
+			return c, img.setDirty(true)
+		}
+		return c, nil
+	}
+	return c, a.writeBack()
+}
+
+// writeRounds writes the cut c in the order that writeback describes.
+func (img *Image) writeRounds(c *cut) error {
+	m := img.m
+	if err := img.syncData(); err != nil {
+		return err
+	}
+	if c.moved || len(c.hooks) > 0 {
+		if err := img.writeHooks(c); err != nil {
+			return err
+		}
+		if err := img.host.sync(); err != nil {
+			return err
+		}
+	}
+	if len(c.slices) == 0 && len(c.l1) == 0 {
+		return nil
+	}
+	for _, s := range c.slices {
+		if err := m.cache.writeCut(s, m.h); err != nil {
+			return fmt.Errorf("L2 table: %w", err)
+		}
+	}
+	for _, p := range c.l1 {
+		if err := m.h.write(useL1, p.data, m.l1Off+p.piece*sectorSize); err != nil {
+			return fmt.Errorf("L1 table: %w", err)
+		}
+	}
+	return img.host.sync()
+}
+
+// syncData makes guest data durable, and everything that was written to the image file: round 1.
+func (img *Image) syncData() error {
+	if img.data != img.host {
+		if err := img.data.sync(); err != nil {
+			// A data file that lost data must not get mappings any more.
+			return img.host.fail(fmt.Errorf("data file: %w", err))
+		}
+	}
+	return img.host.sync()
+}
+
+// writeHooks writes the pointers to the refcount table and its blocks.
+func (img *Image) writeHooks(c *cut) error {
+	for _, k := range c.hooks {
+		var p [8]byte
+		binary.BigEndian.PutUint64(p[:], k.block)
+		if err := img.host.write(useRefcountTable, p[:], k.off); err != nil {
+			return fmt.Errorf("refcount table: %w", err)
+		}
+	}
+	if c.moved {
+		if err := img.host.writeHeader(refcountTableField(c.table.first<<img.m.clusterBits, uint32(c.table.n))); err != nil {
+			return fmt.Errorf("refcount table: %w", err)
+		}
+	}
+	return nil
+}
+
+// endCut gives the cut back. After an error it is as if it had not been taken. Otherwise the references
+// that it dropped are released as far as no request uses them, and refcounts that fell are written, without
+// a sync: if they are lost, they are leaks.
+func (img *Image) endCut(c *cut, failed error) {
+	m := img.m
+	m.cache.endCut(c.slices, failed == nil)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	a := m.alloc
+	if failed != nil {
+		m.restoreL1(c.l1)
+		for _, k := range c.hooks {
+			if !a.moved { // a table that moved meanwhile holds the entry already
+				a.hooks = append(a.hooks, k.index)
+			}
+		}
+		a.moved = a.moved || c.moved
+		a.freed = append(c.freed.runs, a.freed...)
+		return
+	}
+	if len(c.freed.runs) > 0 {
+		img.wb.limbo = append(img.wb.limbo, c.freed)
+	}
+	img.releaseLimbo()
+	if !img.lazy || img.closing.Load() {
+		_ = a.writeBack() // what could not be written stays dirty; the next cut meets the error
+	}
+}
+
+// releaseLimbo lowers the refcounts of clusters whose drop is durable and that no request uses any more.
+// Precondition: the metadata lock.
+func (img *Image) releaseLimbo() {
+	w := &img.wb
+	if len(w.limbo) == 0 {
+		return
+	}
+	oldest := img.reqs.oldest()
+	for len(w.limbo) > 0 && w.limbo[0].epoch < oldest {
+		rest, err := img.m.alloc.release(w.limbo[0].runs)
+		if err != nil {
+			w.limbo[0].runs = rest
+			return
+		}
+		w.limbo = w.limbo[1:]
+	}
+}
+
+// maxQuarantine is the number of bytes in dropped clusters that may wait for a write-back before one is
+// made for their sake.
+const maxQuarantine = 64 << 20
+
+// relieve writes back if so many clusters wait to become free that the file would grow for no need.
+func (img *Image) relieve() error {
+	m := img.m
+	m.mu.Lock()
+	var n uint64
+	for _, r := range m.alloc.freed {
+		n += r.n
+	}
+	img.releaseLimbo()
+	m.mu.Unlock()
+	if n<<m.clusterBits < maxQuarantine {
+		return nil
+	}
+	return img.flush()
+}
+
+// reclaim writes back and reports whether that freed any clusters.
+func (img *Image) reclaim() bool {
+	m := img.m
+	m.mu.Lock()
+	waiting := len(m.alloc.freed) > 0 || len(img.wb.limbo) > 0
+	m.mu.Unlock()
+	return waiting && img.flush() == nil
+}
+
+// setDirty writes the header's dirty bit. Setting it is durable with the sync that precedes the first
+// mapping; it is cleared only when all refcounts are durable. Precondition: the metadata lock, or the only
+// user.
+func (img *Image) setDirty(dirty bool) error {
+	word := img.hdr.incompatible &^ incompatDirty
+	if dirty {
+		word |= incompatDirty
+	}
+	if err := img.host.writeHeader(incompatibleField(word)); err != nil {
+		return fmt.Errorf("dirty bit: %w", err)
+	}
+	img.hdr.incompatible = word
+	img.wb.dirty = dirty
+	return nil
+}

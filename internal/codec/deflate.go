@@ -1,0 +1,126 @@
+package codec
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/klauspost/compress/flate"
+)
+
+// deflateWindow is how far back a deflate payload may reach, in bytes. QEMU inflates with a window of
+// 2^12 bytes; an inflate library that enforces it refuses longer distances.
+const deflateWindow = 1 << 12
+
+// errFull ends a compression whose payload does not fit.
+var errFull = errors.New("payload does not fit")
+
+// deflater is a pooled deflate encoder. It is used by one goroutine at a time.
+type deflater struct {
+	w   *flate.Writer
+	out boundedWriter
+}
+
+// boundedWriter collects a payload in buf and refuses what does not fit with errFull.
+type boundedWriter struct {
+	buf []byte
+	n   int // bytes of buf in use
+}
+
+// Write implements io.Writer.
+func (w *boundedWriter) Write(p []byte) (int, error) {
+	if len(p) > len(w.buf)-w.n {
+		return 0, errFull
+	}
+	w.n += copy(w.buf[w.n:], p)
+	return len(p), nil
+}
+
+// newDeflater returns an encoder that writes with w, or the error of making w.
+func newDeflater(w *flate.Writer, err error) *deflater {
+	if err != nil {
+		panic(err) // the arguments of w are constants within flate's bounds
+	}
+	return &deflater{w: w}
+}
+
+// matchers and entropyCoders hold idle *deflater. A matcher looks for matches, and gives up a block
+// where it finds none at all. An entropy coder looks for none, and shrinks what has few symbols.
+var (
+	matchers = sync.Pool{New: func() any {
+		return newDeflater(flate.NewWriterWindow(io.Discard, deflateWindow))
+	}}
+	entropyCoders = sync.Pool{New: func() any {
+		return newDeflater(flate.NewWriter(io.Discard, flate.HuffmanOnly))
+	}}
+)
+
+// deflate packs src into dst and returns the length; ok is false if it does not fit.
+func deflate(dst, src []byte) (n int, ok bool) {
+	if n, ok = deflateWith(&matchers, dst, src); !ok {
+		n, ok = deflateWith(&entropyCoders, dst, src)
+	}
+	return n, ok
+}
+
+// deflateWith is deflate with an encoder of the given pool.
+func deflateWith(pool *sync.Pool, dst, src []byte) (n int, ok bool) {
+	d := pool.Get().(*deflater)
+	d.out = boundedWriter{buf: dst}
+	d.w.Reset(&d.out)
+	_, err := d.w.Write(src)
+	if err == nil {
+		err = d.w.Close()
+	}
+	n = d.out.n
+	d.out = boundedWriter{}
+	pool.Put(d)
+	return n, err == nil
+}
+
+// inflater is a pooled deflate decoder. It is used by one goroutine at a time.
+type inflater struct {
+	in    bytes.Reader
+	r     io.ReadCloser // a flate decoder with a 32 KiB window, reading in
+	probe [1]byte       // takes the byte that must not come
+}
+
+// inflaters holds idle *inflater.
+var inflaters = sync.Pool{New: func() any {
+	i := new(inflater)
+	i.r = flate.NewReader(&i.in)
+	return i
+}}
+
+// inflate unpacks src into dst and fills it exactly.
+func inflate(dst, src []byte) error {
+	i := inflaters.Get().(*inflater)
+	defer func() {
+		i.in.Reset(nil)
+		inflaters.Put(i)
+	}()
+	i.in.Reset(src)
+	if err := i.r.(flate.Resetter).Reset(&i.in, nil); err != nil {
+		return fmt.Errorf("deflate: %w", err)
+	}
+	switch n, err := io.ReadFull(i.r, dst); {
+	case err == io.EOF, errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("deflate: %w: %d of %d bytes", ErrShort, n, len(dst))
+	case err != nil:
+		return fmt.Errorf("deflate: %d of %d bytes: %w", n, len(dst), err)
+	}
+	// The cluster is full. An end of the stream, a cut or garbage are all the same from here on;
+	// only one more byte of output is not. A decoder returns 0 and nil never twice in a row here,
+	// but empty blocks may come: each takes input, so this ends.
+	for {
+		n, err := i.r.Read(i.probe[:])
+		if n > 0 {
+			return fmt.Errorf("deflate: %w of %d bytes", ErrLong, len(dst))
+		}
+		if err != nil {
+			return nil
+		}
+	}
+}

@@ -149,5 +149,3 @@ func firstSet(mask uint64) (first, n uint64) {
 	return first, uint64(bits.TrailingZeros64(^(mask >> first)))
 }
 
-// sectorSize is the unit of compressed payloads, and of what a crash can tear.
-const sectorSize = 512

@@ -79,6 +79,12 @@ func (h *hostFile) write(use clusterUse, p []byte, off uint64) error {
 	return nil
 }
 
+// writeHeader writes a part of the header that lies within one sector, so that it changes whole or not at
+// all.
+func (h *hostFile) writeHeader(off int64, p []byte) error {
+	return h.write(useHeader, p, uint64(off))
+}
+
 // zeroChunk is the source of explicit zeros.
 var zeroChunk [64 << 10]byte
 

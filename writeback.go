@@ -38,8 +38,9 @@ type writeback struct {
 	err     error  // how the last one ended
 
 	// Used by the running cut alone, or under the metadata lock:
-	limbo []freedCut // dropped references whose drop is durable, and that requests may still use
-	dirty bool       // the header's dirty bit is set on disk
+	limbo   []freedCut // dropped references whose drop is durable, and that requests may still use
+	lowered bool       // refcounts were lowered since the last host sync
+	dirty   bool       // the header's dirty bit is set on disk
 }
 
 // freedCut is what one cut dropped.
@@ -118,7 +119,7 @@ func (img *Image) takeCut() (*cut, error) {
 		c.hooks = append(c.hooks, hookWrite{index: i, off: a.tableOff + 8*i, block: a.table.load(i)})
 	}
 	a.hooks = nil
-	c.freed.runs, a.freed = a.freed, nil
+	c.freed.runs, a.freed, a.waiting = a.freed, nil, 0
 	c.freed.epoch = img.reqs.advance()
 	a.moved = false
 
@@ -182,7 +183,7 @@ func (img *Image) writeHooks(c *cut) error {
 		}
 	}
 	if c.moved {
-		if err := img.host.writeHeader(refcountTableField(c.table.first<<img.m.clusterBits, uint32(c.table.n))); err != nil {
+		if err := img.host.writeHeader(encodeRefcountTableFields(c.table.first<<img.m.clusterBits, uint32(c.table.n))); err != nil {
 			return fmt.Errorf("refcount table: %w", err)
 		}
 	}
@@ -206,7 +207,9 @@ func (img *Image) endCut(c *cut, failed error) {
 			}
 		}
 		a.moved = a.moved || c.moved
-		a.freed = append(c.freed.runs, a.freed...)
+		for _, r := range c.freed.runs {
+			a.free(r)
+		}
 		return
 	}
 	if len(c.freed.runs) > 0 {
@@ -233,6 +236,7 @@ func (img *Image) releaseLimbo() {
 			return
 		}
 		w.limbo = w.limbo[1:]
+		w.lowered = true
 	}
 }
 
@@ -244,11 +248,7 @@ const maxQuarantine = 64 << 20
 func (img *Image) relieve() error {
 	m := img.m
 	m.mu.Lock()
-	var n uint64
-	for _, r := range m.alloc.freed {
-		n += r.n
-	}
-	img.releaseLimbo()
+	n := m.alloc.waiting
 	m.mu.Unlock()
 	if n<<m.clusterBits < maxQuarantine {
 		return nil
@@ -273,7 +273,7 @@ func (img *Image) setDirty(dirty bool) error {
 	if dirty {
 		word |= incompatDirty
 	}
-	if err := img.host.writeHeader(incompatibleField(word)); err != nil {
+	if err := img.host.writeHeader(img.hdr.encodeIncompatibleField(word)); err != nil {
 		return fmt.Errorf("dirty bit: %w", err)
 	}
 	img.hdr.incompatible = word

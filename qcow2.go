@@ -1,0 +1,427 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"sync"
+	"sync/atomic"
+)
+
+// Image is an open qcow2 image: a block device of Size bytes. All methods are safe for concurrent use.
+type Image struct {
+	m    *mapper
+	host *hostFile // the image file
+	data *hostFile // where guest data is: the image file, or the external data file
+	hdr  *header   // fixed after open, but for incompatible and autoclear, which the metadata lock guards
+	size uint64    // of the disk in bytes
+	info Info      // as of open
+
+	backing     Disk  // nil: none
+	noBacking   error // for reads of what a backing file holds that was not opened
+	ownsBacking bool
+	ownsHost    bool
+	ownsData    bool
+	readOnly    bool
+	lazy        bool // refcounts may lag behind on disk, under the dirty bit
+	snapshots   []snapshot
+
+	reqs    *requests
+	mu      sync.Mutex // the metadata lock: mapper and allocator
+	wb      writeback
+	decoded decodeCache
+
+	startMu sync.Mutex
+	started atomic.Bool  // bitmaps are marked; set once, under startMu
+	bitmaps []bitmapMark // what there is to mark
+
+	closed  atomic.Bool
+	closing atomic.Bool // the last write-back
+}
+
+var (
+	_ io.ReaderAt = (*Image)(nil)
+	_ io.WriterAt = (*Image)(nil)
+	_ io.Closer   = (*Image)(nil)
+	_ Disk        = (*Image)(nil)
+)
+
+// opError adds what was being done at the exported edge.
+func opError(op string, off int64, n int, err error) error {
+	return fmt.Errorf("qcow2: %s %d bytes at guest %#x: %w", op, n, off, err)
+}
+
+// Size returns the size of the disk in bytes: the header's, rounded down to a multiple of 512.
+func (img *Image) Size() int64 { return int64(img.size) }
+
+// Info describes the image as it was opened.
+func (img *Image) Info() Info { return img.info }
+
+// Backing returns the disk below the image, or nil.
+func (img *Image) Backing() Disk { return img.backing }
+
+// Snapshots returns the internal snapshots in the order of the snapshot table.
+func (img *Image) Snapshots() []Snapshot {
+	out := make([]Snapshot, len(img.snapshots))
+	for i := range img.snapshots {
+		out[i] = img.snapshots[i].public()
+	}
+	return out
+}
+
+// ReadAt is io.ReaderAt. It returns a nil error whenever it filled p, and io.EOF only when the end of the
+// disk kept it from that. A read beside a write of the same range sees each sector as it was before or
+// after, as far as the storage keeps that promise.
+//
+// Errors: ErrCorrupt for a range whose entries are malformed (nothing is marked, other ranges still
+// read), ErrBackingRequired for what a backing file holds that was not opened, ErrRange for a negative
+// offset, fs.ErrClosed, and those of the storage.
+func (img *Image) ReadAt(p []byte, off int64) (int, error) {
+	n, err := img.readAt(p, off)
+	if err != nil && err != io.EOF {
+		err = opError("read", off, len(p), err)
+	}
+	return n, err
+}
+
+// readAt is ReadAt without the words around the error.
+func (img *Image) readAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, ErrRange
+	}
+	s := img.reqs.enter()
+	defer img.reqs.leave(s)
+	if img.closed.Load() {
+		return 0, fs.ErrClosed
+	}
+	if uint64(off) >= img.size {
+		if len(p) == 0 {
+			return 0, nil
+		}
+		return 0, io.EOF
+	}
+	if left := img.size - uint64(off); uint64(len(p)) > left {
+		if err := img.readGuest(p[:left], uint64(off)); err != nil {
+			return 0, err
+		}
+		return int(left), io.EOF
+	}
+	if err := img.readGuest(p, uint64(off)); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// readGuest reads p at guestOff. The range lies within the disk, and the caller is a registered request or
+// holds the clusters exclusively.
+func (img *Image) readGuest(p []byte, guestOff uint64) error {
+	for len(p) > 0 {
+		x, err := img.m.resolve(guestOff, uint64(len(p)))
+		if err != nil {
+			return err
+		}
+		part := p[:x.n]
+		switch x.kind {
+		case kindNormal:
+			err = img.data.readFull(part, x.hostOff)
+		case kindCompressed:
+			err = img.readCompressed(part, guestOff, x)
+		case kindUnallocated:
+			err = img.readBacking(part, guestOff)
+		default:
+			clear(part)
+		}
+		if err != nil {
+			return err
+		}
+		p, guestOff = p[x.n:], guestOff+x.n
+	}
+	return nil
+}
+
+// readBacking reads what the image itself does not hold: the backing disk, and zeros past its end.
+func (img *Image) readBacking(p []byte, guestOff uint64) error {
+	if img.noBacking != nil {
+		return img.noBacking
+	}
+	if img.backing == nil {
+		clear(p)
+		return nil
+	}
+	size := uint64(img.backing.Size())
+	if guestOff >= size {
+		clear(p)
+		return nil
+	}
+	inside := p[:min(uint64(len(p)), size-guestOff)]
+	n, err := img.backing.ReadAt(inside, int64(guestOff))
+	if n < len(inside) {
+		if err == nil || err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return fmt.Errorf("backing file: %w", err)
+	}
+	clear(p[len(inside):])
+	return nil
+}
+
+// WriteAt is io.WriterAt. It never grows the disk: a range that does not lie within it is ErrRange, and
+// nothing is written. What it wrote is durable after the next Sync; until then a crash leaves old or new
+// content, sector by sector.
+//
+// Errors: ErrReadOnly, ErrRange, fs.ErrClosed, ErrCorrupt where the mapping of the range is malformed,
+// ErrFailed after a failed sync, and those of the storage. Where the host is full or a write fails, n
+// bytes were written, everything else is as before, and the call may be tried again.
+func (img *Image) WriteAt(p []byte, off int64) (int, error) {
+	if err := img.checkWrite(off, len(p)); err != nil {
+		return 0, opError("write", off, len(p), err)
+	}
+	n, err := img.write(p, uint64(off))
+	if err == nil {
+		err = img.relieve()
+	}
+	if err != nil {
+		err = opError("write", off, len(p), err)
+	}
+	return n, err
+}
+
+// checkWrite checks the range of a write, and makes ready for the first one.
+func (img *Image) checkWrite(off int64, n int) error {
+	if err := img.writable(); err != nil {
+		return err
+	}
+	if off < 0 || uint64(off) > img.size || uint64(n) > img.size-uint64(off) {
+		return fmt.Errorf("%w of %d bytes", ErrRange, img.size)
+	}
+	if !img.started.Load() {
+		return img.start()
+	}
+	return nil
+}
+
+// writable returns why the image takes no writes, or nil.
+func (img *Image) writable() error {
+	switch {
+	case img.closed.Load():
+		return fs.ErrClosed
+	case img.readOnly:
+		return ErrReadOnly
+	}
+	return img.host.failure()
+}
+
+// start makes ready for the first change of guest data: persistent bitmaps are marked as in use, since
+// nobody keeps them from now on (I9).
+//
+// Order: autoclear bit 0 off, sync; the flags in the directory, sync; the bit on again, sync. A crash before
+// the last step leaves bitmaps that nobody vouches for, whose clusters are leaks; after it, bitmaps that
+// say themselves that they are stale. Guest data is not written before the end.
+func (img *Image) start() error {
+	img.startMu.Lock()
+	defer img.startMu.Unlock()
+	if img.started.Load() {
+		return nil
+	}
+	if len(img.bitmaps) > 0 {
+		if err := img.markBitmaps(); err != nil {
+			return fmt.Errorf("mark bitmaps: %w", err)
+		}
+	}
+	img.started.Store(true)
+	return nil
+}
+
+// markBitmaps sets the in_use flag of the bitmaps, in the order of start.
+func (img *Image) markBitmaps() error {
+	features := img.hdr.autoclear
+	if err := img.setAutoclear(features &^ autoclearBitmaps); err != nil {
+		return err
+	}
+	for _, b := range img.bitmaps {
+		p := []byte{byte(b.flags >> 24), byte(b.flags >> 16), byte(b.flags >> 8), byte(b.flags)}
+		if err := img.host.write(useBitmapDirectory, p, b.off); err != nil {
+			return err
+		}
+	}
+	if err := img.host.sync(); err != nil {
+		return err
+	}
+	return img.setAutoclear(features)
+}
+
+// setAutoclear writes the header's autoclear features, durably.
+func (img *Image) setAutoclear(features uint64) error {
+	if err := img.host.writeHeader(img.hdr.encodeAutoclearField(features)); err != nil {
+		return err
+	}
+	return img.host.sync()
+}
+
+// Sync makes every call that returned before it was called durable: its data, and the metadata that maps
+// it. Calls beside it go on. Syncs at the same time share their work.
+//
+// A failed Sync of the host is final (ErrFailed): what was lost is unknown, and the image takes no more
+// writes. After any other error, a full host say, nothing is lost and Sync may be tried again.
+func (img *Image) Sync() error {
+	if img.closed.Load() {
+		return fmt.Errorf("qcow2: sync: %w", fs.ErrClosed)
+	}
+	if img.readOnly {
+		return nil
+	}
+	if err := img.flush(); err != nil {
+		return fmt.Errorf("qcow2: sync: %w", err)
+	}
+	return nil
+}
+
+// Close waits for calls in flight, writes everything back, makes it durable and releases the image. It
+// closes only what the library opened. A second Close is fs.ErrClosed. After an error the image is closed
+// all the same, and consistent on disk; what was not synced before may be lost.
+func (img *Image) Close() error {
+	if img.closed.Swap(true) {
+		return fmt.Errorf("qcow2: close: %w", fs.ErrClosed)
+	}
+	img.reqs.drain()
+	var err error
+	if !img.readOnly {
+		err = img.finish()
+	}
+	if err := errors.Join(err, img.release()); err != nil {
+		return fmt.Errorf("qcow2: close: %w", err)
+	}
+	return nil
+}
+
+// Abandon closes the image without writing anything back: what was not synced may be lost, the image stays
+// consistent. It waits for calls in flight.
+func (img *Image) Abandon() error {
+	if img.closed.Swap(true) {
+		return fmt.Errorf("qcow2: abandon: %w", fs.ErrClosed)
+	}
+	img.reqs.drain()
+	if err := img.release(); err != nil {
+		return fmt.Errorf("qcow2: abandon: %w", err)
+	}
+	return nil
+}
+
+// finish writes back for the last time. No request is in flight, so all that was dropped can be released.
+//
+// Order: the cut; the lowered refcounts, sync; the dirty bit off, sync. The bit goes only when every refcount
+// is durable; an error before leaves it set.
+func (img *Image) finish() error {
+	img.closing.Store(true)
+	if err := img.flush(); err != nil {
+		return err
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	a := img.m.alloc
+	img.releaseLimbo()
+	if err := a.writeBack(); err != nil {
+		return err
+	}
+	if !img.wb.dirty && !img.wb.lowered {
+		return nil
+	}
+	if err := img.host.sync(); err != nil {
+		return err
+	}
+	if !img.wb.dirty {
+		return nil
+	}
+	if err := img.setDirty(false); err != nil {
+		return err
+	}
+	return img.host.sync()
+}
+
+// release gives back what the library opened.
+func (img *Image) release() error {
+	var errs []error
+	if c, ok := img.backing.(io.Closer); ok && img.ownsBacking {
+		errs = append(errs, c.Close())
+	}
+	if img.data != img.host {
+		if img.ownsData {
+			errs = append(errs, img.data.s.Close())
+		} else {
+			errs = append(errs, img.data.s.Unlock())
+		}
+	}
+	if img.ownsHost {
+		errs = append(errs, img.host.s.Close())
+	} else {
+		errs = append(errs, img.host.s.Unlock())
+	}
+	return errors.Join(errs...)
+}
+
+// ReadVecAt reads consecutive guest bytes from off on into the buffers of v, as a ReadAt of all of them
+// would.
+func (img *Image) ReadVecAt(v [][]byte, off int64) (int, error) {
+	done := 0
+	for _, p := range v {
+		n, err := img.ReadAt(p, off+int64(done))
+		done += n
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
+}
+
+// vecChunk is the most that WriteVecAt copies together.
+const vecChunk = 1 << 20
+
+// WriteVecAt writes the buffers of v to consecutive guest bytes from off on, as a WriteAt of all of them
+// would. Buffers that are shorter than a cluster are written together, so that a cluster that must be
+// allocated is filled once.
+func (img *Image) WriteVecAt(v [][]byte, off int64) (int, error) {
+	total := uint64(0)
+	for _, p := range v {
+		total += uint64(len(p))
+	}
+	if err := img.checkWrite(off, 0); err != nil {
+		return 0, opError("write", off, int(total), err)
+	}
+	if total > img.size-uint64(off) {
+		return 0, opError("write", off, int(total), fmt.Errorf("%w of %d bytes", ErrRange, img.size))
+	}
+	done := 0
+	for len(v) > 0 {
+		if uint64(len(v[0])) >= img.m.clusterSize || len(v) == 1 {
+			n, err := img.WriteAt(v[0], off+int64(done))
+			done += n
+			if err != nil {
+				return done, err
+			}
+			v = v[1:]
+			continue
+		}
+		k, n := 0, 0
+		for k < len(v) && uint64(len(v[k])) < img.m.clusterSize && n+len(v[k]) <= vecChunk {
+			n += len(v[k])
+			k++
+		}
+		if k == 0 {
+			k, n = 1, len(v[0])
+		}
+		buf := getBuffer(uint64(n))
+		joined := (*buf)[:0]
+		for _, p := range v[:k] {
+			joined = append(joined, p...)
+		}
+		n, err := img.WriteAt(joined, off+int64(done))
+		putBuffer(buf)
+		done += n
+		if err != nil {
+			return done, err
+		}
+		v = v[k:]
+	}
+	return done, nil
+}

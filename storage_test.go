@@ -129,6 +129,7 @@ func TestStorageModel(t *testing.T) {
 	eachStorage(t, func(t *testing.T, kind storageKind, s Storage) {
 		seed := uint64(20240601)
 		r := rand.New(rand.NewPCG(seed, 1))
+		data := rand.NewChaCha8([32]byte{byte(seed)})
 		model := readAll(t, s) // a device begins with garbage
 		if kind.fixed == (len(bytes.Trim(model, "\x00")) == 0) {
 			t.Fatalf("fresh storage of %d bytes: garbage exactly on a device", len(model))
@@ -153,9 +154,7 @@ func TestStorageModel(t *testing.T) {
 			case 0, 1:
 				op = "write"
 				p := make([]byte, n)
-				for j := range p {
-					p[j] = byte(r.Uint32())
-				}
+				data.Read(p)
 				var got int
 				if got, err = s.WriteAt(p, off); got != len(p) {
 					t.Fatalf("seed %d op %d: write %d bytes at %#x: %d, %v", seed, i, n, off, got, err)
@@ -423,7 +422,7 @@ func TestStorageConcurrent(t *testing.T) {
 			go func() { // a reader of everything
 				defer wg.Done()
 				r := rand.New(rand.NewPCG(8, uint64(w)))
-				p := make([]byte, 100<<10)
+				p := make([]byte, 20<<10)
 				for range 60 {
 					off := r.Int64N(workers*span - int64(len(p)))
 					if _, err := s.ReadAt(p, off); err != nil {

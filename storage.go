@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"errors"
+	"fmt"
 	"io"
 )
 
@@ -13,7 +14,8 @@ import (
 // errors.ErrUnsupported, and BaseStorage, embedded, gives just that.
 //
 // ReadAt, WriteAt, PunchHole, WriteZeroes, Allocate, NextData, Size and Sync may be called from
-// several goroutines at once. A write that returned and was followed by a successful Sync survives
+// several goroutines at once. Negative offsets and lengths are errors; a length of 0 does nothing. An
+// operation that returns an error that matches errors.ErrUnsupported has changed nothing. A write that returned and was followed by a successful Sync survives
 // a crash; of one that was not, any subset of its 512-byte sectors may.
 type Storage interface {
 	// ReadAt is io.ReaderAt. Past the end it returns io.EOF with what there was; the library takes
@@ -41,7 +43,7 @@ type Storage interface {
 	// one it returns io.EOF.
 	NextData(off int64) (start, end int64, err error)
 	// Lock takes the image lock of the given role until Unlock or Close, replacing the one it holds.
-	// It never waits: a conflict is ErrLocked.
+	// It never waits: a conflict is ErrLocked, and the one it holds stays.
 	Lock(role LockRole) error
 	// Unlock gives the lock back.
 	Unlock() error
@@ -75,7 +77,27 @@ const (
 	LockRawWriter
 	// LockDataWriter is the writer of an external data file.
 	LockDataWriter
+	// LockDataReader is a reader of an external data file: it excludes who would resize it.
+	LockDataReader
 )
+
+// String returns the role in words.
+func (r LockRole) String() string {
+	names := [...]string{
+		LockNone:       "nobody",
+		LockReader:     "reader",
+		LockWriter:     "writer",
+		LockShared:     "sharing reader",
+		LockRawReader:  "reader of a raw file",
+		LockRawWriter:  "writer of a raw file",
+		LockDataWriter: "writer of a data file",
+		LockDataReader: "reader of a data file",
+	}
+	if r < 0 || int(r) >= len(names) {
+		return fmt.Sprintf("role %d", int(r))
+	}
+	return names[r]
+}
 
 // BaseStorage, embedded in a Storage, answers for every ability that it lacks: optional operations
 // return errors.ErrUnsupported, the identity is unknown, Close does nothing.

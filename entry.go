@@ -1,6 +1,9 @@
 package qcow2
 
-import "math/bits"
+import (
+	"encoding/binary"
+	"math/bits"
+)
 
 // The words of L1 and L2 tables. qcow2 spec, "L1 table entry", "Standard Cluster Descriptor", "Compressed
 // Clusters Descriptor" and "Extended L2 Entries". Reserved bits are ignored when an entry is read and zero
@@ -149,3 +152,11 @@ func firstSet(mask uint64) (first, n uint64) {
 	return first, uint64(bits.TrailingZeros64(^(mask >> first)))
 }
 
+// putEntry encodes e as entry i of the L2 table, or slice, p.
+func (r *entryRules) putEntry(p []byte, i uint64, e l2Entry) {
+	p = p[i<<r.l2EntryBits:]
+	binary.BigEndian.PutUint64(p, e.word)
+	if r.extendedL2 {
+		binary.BigEndian.PutUint64(p[8:], e.bitmap)
+	}
+}

@@ -1,4 +1,15 @@
 package qcow2
 
-// testHooks is set by the package's own tests only.
-type testHooks struct{}
+// testHooks breaks one ordering each on purpose. The crash tests set them, to show that the harness sees
+// what each ordering is for; nothing else does.
+type testHooks struct {
+	skipDataSync     bool // write mappings before data is durable: breaks I2
+	refcountsLast    bool // write mappings before refcounts: breaks I1
+	pointerFirst     bool // write an L1 entry before its L2 table is durable: breaks I3
+	hookFirst        bool // write a refcount table entry before its block is durable: breaks I3
+	headerFirst      bool // switch the header before the refcount table is durable: breaks I3
+	reuseImmediately bool // hand out clusters whose drop is not durable: breaks I4
+}
+
+// early reports whether a pointer is to be written before what it points at is durable.
+func (t *testHooks) early() bool { return t.pointerFirst || t.hookFirst || t.headerFirst }

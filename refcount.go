@@ -170,6 +170,8 @@ type allocator struct {
 
 	packOff uint64 // host offset where the next compressed cluster may start; 0: in a new cluster
 
+	test testHooks
+
 	freed   []clusterRun // references dropped since the last cut
 	waiting uint64       // their number
 }
@@ -546,6 +548,10 @@ func (a *allocator) undo(r clusterRun) {
 // free drops one reference of each cluster of r. The references are counted until the cut that holds the
 // change is durable and release is called (I1, I4).
 func (a *allocator) free(r clusterRun) {
+	if a.test.reuseImmediately {
+		_, _ = a.release([]clusterRun{r})
+		return
+	}
 	a.waiting += r.n
 	if n := len(a.freed); n > 0 && a.freed[n-1].first+a.freed[n-1].n == r.first {
 		a.freed[n-1].n += r.n

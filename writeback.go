@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"sync"
 )
@@ -40,7 +41,8 @@ type writeback struct {
 	// Used by the running cut alone, or under the metadata lock:
 	limbo   []freedCut // dropped references whose drop is durable, and that requests may still use
 	lowered bool       // refcounts were lowered since the last host sync
-	dirty   bool       // the header's dirty bit is set on disk
+	test    testHooks
+	dirty   bool // the header's dirty bit is set on disk
 }
 
 // freedCut is what one cut dropped.
@@ -129,17 +131,28 @@ func (img *Image) takeCut() (*cut, error) {
 		}
 		return c, nil
 	}
+	if img.wb.test.refcountsLast {
+		return c, nil
+	}
+	img.wb.lowered = false
 	return c, a.writeBack()
 }
 
 // writeRounds writes the cut c in the order that writeback describes.
 func (img *Image) writeRounds(c *cut) error {
-	m := img.m
-	if err := img.syncData(); err != nil {
-		return err
+	t := &img.wb.test
+	if t.early() {
+		if err := img.writeEarly(c); err != nil {
+			return err
+		}
+	}
+	if !t.skipDataSync {
+		if err := img.syncData(); err != nil {
+			return err
+		}
 	}
 	if c.moved || len(c.hooks) > 0 {
-		if err := img.writeHooks(c); err != nil {
+		if err := errors.Join(img.writeHooks(c), img.switchTable(c)); err != nil {
 			return err
 		}
 		if err := img.host.sync(); err != nil {
@@ -150,16 +163,52 @@ func (img *Image) writeRounds(c *cut) error {
 		return nil
 	}
 	for _, s := range c.slices {
-		if err := m.cache.writeCut(s, m.h); err != nil {
+		if err := img.m.cache.writeCut(s, img.host); err != nil {
 			return fmt.Errorf("L2 table: %w", err)
 		}
 	}
-	for _, p := range c.l1 {
-		if err := m.h.write(useL1, p.data, m.l1Off+p.piece*sectorSize); err != nil {
-			return fmt.Errorf("L1 table: %w", err)
+	if err := img.writeL1(c); err != nil {
+		return err
+	}
+	if t.refcountsLast {
+		if err := img.writeRefcounts(); err != nil {
+			return err
 		}
 	}
 	return img.host.sync()
+}
+
+// writeL1 writes the L1 entries of the cut.
+func (img *Image) writeL1(c *cut) error {
+	for _, p := range c.l1 {
+		if err := img.host.write(useL1, p.data, img.m.l1Off+p.piece*sectorSize); err != nil {
+			return fmt.Errorf("L1 table: %w", err)
+		}
+	}
+	return nil
+}
+
+// writeRefcounts writes the refcounts as they are now.
+func (img *Image) writeRefcounts() error {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	return img.m.alloc.writeBack()
+}
+
+// writeEarly writes pointers before what they point at is durable, as the crash tests have it.
+func (img *Image) writeEarly(c *cut) error {
+	t := &img.wb.test
+	var errs []error
+	if t.pointerFirst {
+		errs = append(errs, img.writeL1(c))
+	}
+	if t.hookFirst {
+		errs = append(errs, img.writeHooks(c))
+	}
+	if t.headerFirst {
+		errs = append(errs, img.switchTable(c))
+	}
+	return errors.Join(errs...)
 }
 
 // syncData makes guest data durable, and everything that was written to the image file: round 1.
@@ -173,7 +222,7 @@ func (img *Image) syncData() error {
 	return img.host.sync()
 }
 
-// writeHooks writes the pointers to the refcount table and its blocks.
+// writeHooks writes the pointers to new refcount blocks.
 func (img *Image) writeHooks(c *cut) error {
 	for _, k := range c.hooks {
 		var p [8]byte
@@ -182,10 +231,16 @@ func (img *Image) writeHooks(c *cut) error {
 			return fmt.Errorf("refcount table: %w", err)
 		}
 	}
-	if c.moved {
-		if err := img.host.writeHeader(encodeRefcountTableFields(c.table.first<<img.m.clusterBits, uint32(c.table.n))); err != nil {
-			return fmt.Errorf("refcount table: %w", err)
-		}
+	return nil
+}
+
+// switchTable writes the header's pointer to a refcount table that moved.
+func (img *Image) switchTable(c *cut) error {
+	if !c.moved {
+		return nil
+	}
+	if err := img.host.writeHeader(encodeRefcountTableFields(c.table.first<<img.m.clusterBits, uint32(c.table.n))); err != nil {
+		return fmt.Errorf("refcount table: %w", err)
 	}
 	return nil
 }

@@ -1,0 +1,347 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+// Open opens the image file called name. It opens no other file, unless opts has a Resolver.
+//
+// Errors: those of os.Open, and those of OpenStorage.
+func Open(name string, opts *OpenOptions) (*Image, error) {
+	o := optionsOf(opts)
+	flag := os.O_RDONLY
+	if o.ReadWrite {
+		flag = os.O_RDWR
+	}
+	s, err := OpenFileStorage(name, flag, 0)
+	if err != nil {
+		return nil, fmt.Errorf("qcow2: open: %w", err)
+	}
+	if o.Name == "" {
+		o.Name = filepath.Base(name)
+	}
+	return open(s, o, &chain{ownsTop: true})
+}
+
+// OpenStorage opens the image in s, which stays the caller's to close after the image.
+//
+// Errors: ErrNotQcow2, ErrCorrupt and ErrUnsupported (*HeaderError for a field of the header), ErrEncrypted,
+// ErrLimit, ErrDirty for a writable open of a dirty image, ErrLocked, *FileRequiredError where the image
+// names a file that the options give no way to reach, *ResolveError where the resolver refuses it,
+// ErrBackingFormatUnknown, ErrChain, and those of the storage. After an error nothing is held, and nothing
+// was written, but for unknown autoclear features, which a writable open clears.
+func OpenStorage(s Storage, opts *OpenOptions) (*Image, error) {
+	return open(s, optionsOf(opts), &chain{})
+}
+
+// OpenReader opens the image of size bytes in r for reading: one behind HTTP ranges, say.
+func OpenReader(r io.ReaderAt, size int64, opts *OpenOptions) (*Image, error) {
+	o := optionsOf(opts)
+	if o.ReadWrite {
+		return nil, fmt.Errorf("qcow2: open: %w", &OptionError{Option: "ReadWrite", Value: true, Reason: "a reader cannot be written"})
+	}
+	return OpenStorage(NewReaderStorage(r, size), &o)
+}
+
+// optionsOf returns a copy of opts with defaults filled in.
+func optionsOf(opts *OpenOptions) OpenOptions {
+	var o OpenOptions
+	if opts != nil {
+		o = *opts
+	}
+	limits := o.Limits.withDefaults()
+	o.Limits = &limits
+	if o.L2CacheBytes <= 0 {
+		o.L2CacheBytes = defaultL2Cache
+	}
+	if o.RefcountCacheBytes <= 0 {
+		o.RefcountCacheBytes = defaultRefcountCache
+	}
+	return o
+}
+
+// Defaults of OpenOptions. 32 MiB of L2 slices map 256 GiB at 64 KiB clusters.
+const (
+	defaultL2Cache       = 32 << 20
+	defaultRefcountCache = 1 << 20
+)
+
+// chain is what the images of one chain share while it is opened, top first.
+type chain struct {
+	cache   *tableCache
+	depth   int
+	seen    []any // identities of the storages above
+	ownsTop bool  // whether the top image closes its storage
+}
+
+// enter counts a storage in, and refuses one that the chain has met.
+func (c *chain) enter(s Storage, limits *Limits) error {
+	if c.depth >= limits.ChainDepth {
+		return fmt.Errorf("%w: %w", ErrChain, &LimitError{Limit: "ChainDepth", Value: int64(c.depth + 1), Max: int64(limits.ChainDepth)})
+	}
+	if id := s.Identity(); id != nil {
+		for _, seen := range c.seen {
+			if seen == id {
+				return fmt.Errorf("%w: a file is its own backing or data file", ErrChain)
+			}
+		}
+		c.seen = append(c.seen, id)
+	}
+	c.depth++
+	return nil
+}
+
+// open opens the image in s. It closes s after an error if the chain owns it.
+func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
+	owns := c.ownsTop || c.depth > 0
+	img := &Image{readOnly: !o.ReadWrite, ownsHost: owns, reqs: newRequests()}
+	img.host = &hostFile{s: s}
+	img.data = img.host
+	img.wb.cond.L = &img.wb.mu
+	if err := img.open(s, o, c); err != nil {
+		img.closed.Store(true)
+		if rerr := img.release(); rerr != nil {
+			err = errors.Join(err, rerr)
+		}
+		if c.depth > 1 {
+			return nil, err
+		}
+		return nil, fmt.Errorf("qcow2: open %s: %w", o.Name, err)
+	}
+	return img, nil
+}
+
+// open fills in img. After an error release gives back what it took.
+func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
+	if err := c.enter(s, o.Limits); err != nil {
+		return err
+	}
+	id := uint16(c.depth)
+	locked, err := lockStorage(s, lockRole(LockReader, LockWriter, o), o.Lock)
+	if err != nil {
+		return err
+	}
+	size, err := s.Size()
+	if err != nil {
+		return err
+	}
+	h, err := readHeader(s, size)
+	if err != nil {
+		return err
+	}
+	if err := h.validate(*o.Limits); err != nil {
+		return err
+	}
+	if err := h.checkOpenable(o.ReadWrite); err != nil {
+		return err
+	}
+	if o.ReadWrite && h.dirty() {
+		return fmt.Errorf("%w: its refcounts must be rebuilt before it is written", ErrDirty)
+	}
+	img.hdr, img.size = h, h.virtualSize()
+	img.lazy = h.lazyRefcounts()
+	img.host = newHostFile(s, size, o.NoSync)
+	img.data = img.host
+	img.info = h.info()
+	img.info.Locked = locked
+	if img.snapshots, err = readSnapshotTable(s, size, h, *o.Limits); err != nil {
+		return err
+	}
+	if err := img.openTables(o, c, id, uint64(size)); err != nil {
+		return err
+	}
+	if h.hasDataFile() {
+		if err := img.openData(o, c); err != nil {
+			return err
+		}
+	}
+	if err := img.openBacking(o, c); err != nil {
+		return err
+	}
+	if o.ReadWrite {
+		return img.openForWriting(o, size)
+	}
+	return nil
+}
+
+// openTables makes the mapper and, for writing, the allocator.
+func (img *Image) openTables(o OpenOptions, c *chain, id uint16, size uint64) error {
+	h := img.hdr
+	g := h.geometry()
+	if c.cache == nil {
+		c.cache = newTableCache(o.L2CacheBytes, g.sliceBits)
+	}
+	l1, err := readTable(img.host, h.l1Off, uint64(h.l1Size), size)
+	if err != nil {
+		return fmt.Errorf("L1 table: %w", err)
+	}
+	img.m = &mapper{
+		entryRules: entryRules{geometry: g, version2: h.version < 3, external: h.hasDataFile()},
+		id:         id,
+		h:          img.host,
+		cache:      c.cache,
+		mu:         &img.mu,
+		l1:         l1,
+		l1Off:      h.l1Off,
+		l1Dirty:    make(map[uint64]struct{}),
+	}
+	if !o.ReadWrite {
+		return nil
+	}
+	clusters := uint64(h.refTableClusters)
+	t, err := readTable(img.host, h.refTableOff, clusters<<g.clusterBits/8, size)
+	if err != nil {
+		return fmt.Errorf("refcount table: %w", err)
+	}
+	img.m.alloc = newAllocator(g, img.host, t, h.refTableOff, clusters, o.RefcountCacheBytes, int64(size))
+	img.m.alloc.test = o.test
+	img.wb.test = o.test
+	return nil
+}
+
+// openForWriting does what a writable open owes the image: it clears autoclear features that it does not
+// know, durably, and finds out which bitmaps the first write must mark (I9).
+func (img *Image) openForWriting(o OpenOptions, size int64) error {
+	h := img.hdr
+	entries, err := readBitmapDirectory(img.host.s, size, h, *o.Limits)
+	if err != nil {
+		return err
+	}
+	img.bitmaps = bitmapMarks(entries)
+	if known := h.autoclear & autoclearKnown; known != h.autoclear {
+		if err := img.setAutoclear(known); err != nil {
+			return fmt.Errorf("clear unknown autoclear features: %w", err)
+		}
+		h.autoclear = known
+	}
+	return nil
+}
+
+// lockRole returns the role of an image or data file.
+func lockRole(reader, writer LockRole, o OpenOptions) LockRole {
+	switch {
+	case o.Lock == LockOff:
+		return LockNone
+	case o.ReadWrite:
+		return writer
+	case o.Lock == LockShare:
+		return LockShared
+	}
+	return reader
+}
+
+// lockStorage takes the lock, and reports whether it is held: not where the host has none.
+func lockStorage(s Storage, role LockRole, mode LockMode) (bool, error) {
+	if mode == LockOff || role == LockNone {
+		return false, nil
+	}
+	err := s.Lock(role)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// openData opens the external data file.
+func (img *Image) openData(o OpenOptions, c *chain) error {
+	ref := FileRef{Image: o.Name, Name: img.hdr.dataFileName, Format: "raw", Kind: KindData, Writable: o.ReadWrite}
+	s := o.DataFile
+	if s == nil || c.depth > 1 {
+		if o.Resolver == nil {
+			return &FileRequiredError{Ref: ref, Hint: "OpenOptions.DataFile or OpenOptions.Resolver"}
+		}
+		var err error
+		if s, err = o.Resolver.Resolve(ref); err != nil {
+			return err
+		}
+		img.ownsData = true
+	}
+	img.data = &hostFile{s: s} // for release, if what follows fails
+	if id := s.Identity(); id != nil {
+		for _, seen := range c.seen {
+			if seen == id {
+				return fmt.Errorf("%w: a file is its own backing or data file", ErrChain)
+			}
+		}
+		c.seen = append(c.seen, id)
+	}
+	if _, err := lockStorage(s, lockRole(LockRawReader, LockDataWriter, o), o.Lock); err != nil {
+		return fmt.Errorf("data file: %w", err)
+	}
+	size, err := s.Size()
+	if err != nil {
+		return fmt.Errorf("data file: %w", err)
+	}
+	img.data = newHostFile(s, size, o.NoSync)
+	return nil
+}
+
+// openBacking opens the backing disk, and those below it.
+func (img *Image) openBacking(o OpenOptions, c *chain) error {
+	h := img.hdr
+	if o.Backing != nil && c.depth == 1 {
+		img.backing = o.Backing
+		return nil
+	}
+	if !h.hasBacking() {
+		return nil
+	}
+	format := h.backingFormat
+	if o.BackingFormat != "" && c.depth == 1 {
+		format = o.BackingFormat
+	}
+	ref := FileRef{Image: o.Name, Name: h.backingName, Format: format, Kind: KindBacking}
+	required := &FileRequiredError{Ref: ref, Hint: "OpenOptions.Backing or OpenOptions.Resolver"}
+	switch {
+	case o.NoBacking && c.depth == 1:
+		img.noBacking = required
+		return nil
+	case o.Resolver == nil:
+		return required
+	case format == "":
+		return fmt.Errorf("backing file %q: %w", h.backingName, ErrBackingFormatUnknown)
+	case format != "raw" && format != "qcow2":
+		return fmt.Errorf("backing file %q: %w: format %q", h.backingName, ErrUnsupported, format)
+	case c.depth >= o.Limits.ChainDepth:
+		return fmt.Errorf("%w: %w", ErrChain, &LimitError{Limit: "ChainDepth", Value: int64(c.depth + 1), Max: int64(o.Limits.ChainDepth)})
+	}
+	s, err := o.Resolver.Resolve(ref)
+	if err != nil {
+		return err
+	}
+	below, err := openBelow(s, format, ref, o, c)
+	if err != nil {
+		return fmt.Errorf("backing file %q: %w", h.backingName, err)
+	}
+	img.backing, img.ownsBacking = below, true
+	return nil
+}
+
+// openBelow opens a backing disk in s, which it closes after an error.
+func openBelow(s Storage, format string, ref FileRef, o OpenOptions, c *chain) (Disk, error) {
+	below := OpenOptions{Resolver: o.Resolver, Name: ref.Path(), Limits: o.Limits, Lock: o.Lock, NoSync: o.NoSync}
+	if format == "qcow2" {
+		return open(s, below, c)
+	}
+	if err := c.enter(s, o.Limits); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	if _, err := lockStorage(s, lockRole(LockRawReader, LockRawReader, below), o.Lock); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	d, err := NewRawDisk(s)
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return &ownedRaw{d}, nil
+}
+
+// ownedRaw is a raw disk that closes its storage.
+type ownedRaw struct{ *RawDisk }
+
+// Close closes the storage.
+func (d *ownedRaw) Close() error { return d.s.Close() }

@@ -19,53 +19,56 @@ func countsOf(r *Report) counts {
 	return counts{r.Leaks, r.TooLow, r.CopiedWrong, r.CopiedMissing, r.BadEntries, r.Overlaps, r.PastEnd}
 }
 
-// literal is an image of 64 KiB clusters and 16-bit refcounts whose every byte the tests know:
+// literal is an image of 64 KiB clusters.
+func literal() []byte { return literalOf(16) }
+
+// literalOf is an image of clusters of 1<<bits bytes and 16-bit refcounts whose every byte the tests know:
 //
 //	0 header  1 refcount table  2 refcount block  3 active L1  4 its L2 (entry 0)
-//	5 6 data of guest 0 and 0x10000  7 compressed data of guest 0x20000 and 0x30000
-//	8 snapshot table  9 snapshot L1 (its own L2: 10, data 11 of guest 0)
+//	5 6 data of guest clusters 0 and 1  7 compressed data of guest clusters 2 and 3
+//	8 snapshot table  9 snapshot L1 (its own L2: 10, data 11 of guest cluster 0)
 //
-// Guest 0x40000 is zero plain.
-func literal() []byte {
-	const cs = 0x10000
+// Guest cluster 4 is zero plain.
+func literalOf(bits uint32) []byte {
+	cs := 1 << bits
 	img := make([]byte, 12*cs)
 	be := binary.BigEndian
 	p32 := func(off int, v uint32) { be.PutUint32(img[off:], v) }
 	p64 := func(off int, v uint64) { be.PutUint64(img[off:], v) }
 	p32(0, 0x514649fb)
 	p32(4, 3)
-	p32(20, 16)
-	p64(24, 0x80000)
+	p32(20, bits)
+	p64(24, uint64(8*cs))
 	p32(36, 1)
-	p64(40, 3*cs)
-	p64(48, 1*cs)
+	p64(40, uint64(3*cs))
+	p64(48, uint64(1*cs))
 	p32(56, 1)
 	p32(60, 1)
-	p64(64, 8*cs)
+	p64(64, uint64(8*cs))
 	p32(96, 4)
 	p32(100, 104)
-	p64(1*cs, 2*cs)
+	p64(1*cs, uint64(2*cs))
 	for c := range 12 {
 		be.PutUint16(img[2*cs+2*c:], 1)
 	}
 	be.PutUint16(img[2*cs+2*7:], 2)
-	p64(3*cs, flagCopied|4*cs)
-	p64(4*cs, flagCopied|5*cs)
-	p64(4*cs+8, flagCopied|6*cs)
-	p64(4*cs+16, flagCompressed|7*cs)
-	p64(4*cs+24, flagCompressed|(7*cs+100)|1<<54)
+	p64(3*cs, flagCopied|uint64(4*cs))
+	p64(4*cs, flagCopied|uint64(5*cs))
+	p64(4*cs+8, flagCopied|uint64(6*cs))
+	p64(4*cs+16, flagCompressed|uint64(7*cs))
+	p64(4*cs+24, flagCompressed|uint64(7*cs+100))
 	p64(4*cs+32, 1)
 	copy(img[5*cs:], bytes.Repeat([]byte{5}, cs))
 	copy(img[6*cs:], bytes.Repeat([]byte{6}, cs))
-	p64(8*cs, 9*cs)
+	p64(8*cs, uint64(9*cs))
 	p32(8*cs+8, 1)
 	be.PutUint16(img[8*cs+12:], 1)
 	be.PutUint16(img[8*cs+14:], 3)
 	p32(8*cs+36, 24)
-	p64(8*cs+48, 0x80000)
+	p64(8*cs+48, uint64(8*cs))
 	copy(img[8*cs+64:], "1one")
-	p64(9*cs, 10*cs)
-	p64(10*cs, 11*cs)
+	p64(9*cs, uint64(10*cs))
+	p64(10*cs, uint64(11*cs))
 	copy(img[11*cs:], bytes.Repeat([]byte{11}, cs))
 	return img
 }
@@ -235,7 +238,7 @@ func TestRefcountAt(t *testing.T) {
 
 // FuzzWalk takes any bytes: the walk and the reader must end without a panic.
 func FuzzWalk(f *testing.F) {
-	f.Add(literal())
+	f.Add(literalOf(9))
 	f.Fuzz(func(t *testing.T, img []byte) {
 		rep, err := Walk(bytes.NewReader(img), int64(len(img)))
 		if err == nil && rep.Header.VirtualSize <= 1<<20 {

@@ -164,8 +164,10 @@ func newModelFiles(c workloadConfig, seed uint64, dir string) (*modelFiles, erro
 		return f, err
 	}
 	if c.external() {
-		// A data file on a device is at least as long as the disk.
-		if f.data, err = storage("image.raw", c.size()); err != nil {
+		if c.layout == layoutRawData && c.clusterSize == 2<<20 {
+			// A device that must read as zeros would have terabytes of them written.
+			f.data = thinStorage{NewMemoryStorage()}
+		} else if f.data, err = storage("image.raw", c.size()); err != nil {
 			return f, err
 		}
 	}
@@ -693,7 +695,7 @@ func runConfig(t *testing.T, c workloadConfig, seed uint64, nOps int) modelStats
 		}
 		total.add(stats)
 	}
-	if total.tables < min(8, nOps/images/3) {
+	if total.tables < 8 && nOps/images >= 100 {
 		t.Errorf("%v: only %d L2 tables in an image", c, total.tables)
 	}
 	return total

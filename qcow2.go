@@ -324,6 +324,9 @@ func (img *Image) finish() error {
 	if err := a.writeBack(); err != nil {
 		return err
 	}
+	if err := img.padFile(); err != nil {
+		return err
+	}
 	if !img.wb.dirty && !img.wb.lowered {
 		return nil
 	}
@@ -337,6 +340,21 @@ func (img *Image) finish() error {
 		return err
 	}
 	return img.host.sync()
+}
+
+// padFile ends the image file at the end of a cluster, with a hole: readers must take what is missing of the
+// last one as zeros, but not all do. It matters to nothing else, so it needs no sync. An image that was not
+// written stays as it is.
+func (img *Image) padFile() error {
+	size, err := img.host.s.Size()
+	if err != nil || !img.started.Load() || img.host.fixed || img.m.offsetInCluster(uint64(size)) == 0 {
+		return err
+	}
+	err = img.host.s.Truncate(int64(img.m.clusters(uint64(size)) << img.m.clusterBits))
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	return err
 }
 
 // release gives back what the library opened.

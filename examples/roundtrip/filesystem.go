@@ -12,7 +12,7 @@ import (
 )
 
 // sources are the directories whose files fill the file system, in this order.
-var sources = []string{"/usr/share", "/usr/lib", "/usr/bin"}
+var sources = []string{"/usr/bin", "/usr/lib", "/usr/share"}
 
 // largestFile is the size in bytes over which a file is left out, so that no single one is the test.
 const largestFile = 32 << 20

@@ -288,6 +288,7 @@ func (img *Image) Close() error {
 	var err error
 	if !img.readOnly {
 		err = img.finish()
+		img.wb.stop()
 	}
 	if err := errors.Join(err, img.release()); err != nil {
 		return fmt.Errorf("qcow2: close: %w", err)
@@ -302,6 +303,7 @@ func (img *Image) Abandon() error {
 		return fmt.Errorf("qcow2: abandon: %w", fs.ErrClosed)
 	}
 	img.reqs.drain()
+	img.wb.stop()
 	if err := img.release(); err != nil {
 		return fmt.Errorf("qcow2: abandon: %w", err)
 	}

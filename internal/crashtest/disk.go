@@ -130,7 +130,8 @@ func (d *Disk) rehash() {
 	d.dirty = d.dirty[:0]
 }
 
-// contentHash returns a hash of content and size: equal contents have equal hashes. Preconditions: mu
+// contentHash returns a hash of content and size: equal contents have equal hashes, except that a device
+// page that was written to hold its garbage has another than one never written. Preconditions: mu
 // is held, or nobody else uses the disk.
 func (d *Disk) contentHash() uint64 {
 	d.rehash()

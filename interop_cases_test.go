@@ -454,7 +454,7 @@ func TestInteropUnknown(t *testing.T) {
 	_, end := extensions(t, path)
 	unknown := []byte("\x12\x34\x56\x78\x00\x00\x00\x05hello\x00\x00\x00" + "\x87\x65\x43\x21\x00\x00\x00\x00" + "\x11\x22\x33\x44\x00\x00\x00\x08extended")
 	poke(t, path, end, append(unknown, make([]byte, 8)...))
-	const compatible, autoclear = 1<<17 | 1<<40, 1<<9 | 1<<63
+	const compatible, autoclear uint64 = 1<<17 | 1<<40, 1<<9 | 1<<63
 	known := binary.BigEndian.Uint64(readFile(t, path)[headerAutoclear:])
 	if known != 1 {
 		t.Fatalf("autoclear features %#x, want the bitmaps' alone", known)

@@ -148,12 +148,14 @@ func (m *mapper) resolveIn(s *l2Slice, i, guestOff, n uint64) (extent, error) {
 			return x, m.corruptEntry(s, i, e, guestOff)
 		}
 	}
-	// The run goes on while the next cluster begins with the same kind, and for data lies right behind.
+	// The run goes on while the next cluster begins with the same kind, and its host cluster, if it holds one,
+	// lies right behind.
 	perSlice := uint64(len(s.words)) << 3 >> m.l2EntryBits
 	for i++; x.n < n && m.offsetInCluster(guestOff+x.n) == 0 && i < perSlice; i++ {
 		e := m.entry(s, i)
 		k, subs := m.kindRun(e, 0)
-		if k != kind || kind == kindNormal && (e.hostOff() != x.hostOff+x.n || (e.word&flagCopied != 0) != x.inPlace) {
+		if k != kind || (kind == kindNormal || kind == kindZeroAlloc) && e.hostOff() != x.hostOff+x.n ||
+			kind == kindNormal && (e.word&flagCopied != 0) != x.inPlace {
 			break
 		}
 		x.n += subs << m.subBits

@@ -189,6 +189,7 @@ func (img *Image) linkPacked(payload []byte, off uint64) error {
 	held := clusterRange{first: off >> m.clusterBits, last: off >> m.clusterBits}
 	img.reqs.lock(&held)
 	defer img.reqs.unlock(&held)
+	defer img.reqs.leave(img.reqs.enter())
 	if err := img.writable(); err != nil {
 		return err
 	}

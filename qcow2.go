@@ -288,6 +288,7 @@ func (img *Image) Close() error {
 	var err error
 	if !img.readOnly {
 		err = img.finish()
+		img.wb.stop()
 	}
 	if err := errors.Join(err, img.release()); err != nil {
 		return fmt.Errorf("qcow2: close: %w", err)
@@ -302,6 +303,7 @@ func (img *Image) Abandon() error {
 		return fmt.Errorf("qcow2: abandon: %w", fs.ErrClosed)
 	}
 	img.reqs.drain()
+	img.wb.stop()
 	if err := img.release(); err != nil {
 		return fmt.Errorf("qcow2: abandon: %w", err)
 	}
@@ -324,6 +326,9 @@ func (img *Image) finish() error {
 	if err := a.writeBack(); err != nil {
 		return err
 	}
+	if err := img.padFile(); err != nil {
+		return err
+	}
 	if !img.wb.dirty && !img.wb.lowered {
 		return nil
 	}
@@ -337,6 +342,21 @@ func (img *Image) finish() error {
 		return err
 	}
 	return img.host.sync()
+}
+
+// padFile ends the image file at the end of a cluster, with a hole: readers must take what is missing of the
+// last one as zeros, but not all do. It matters to nothing else, so it needs no sync. An image that was not
+// written stays as it is.
+func (img *Image) padFile() error {
+	size, err := img.host.s.Size()
+	if err != nil || !img.started.Load() || img.host.fixed || img.m.offsetInCluster(uint64(size)) == 0 {
+		return err
+	}
+	err = img.host.s.Truncate(int64(img.m.clusters(uint64(size)) << img.m.clusterBits))
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	return err
 }
 
 // release gives back what the library opened.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -172,8 +173,8 @@ type allocator struct {
 
 	test testHooks
 
-	freed   []clusterRun // references dropped since the last cut
-	waiting uint64       // their number
+	freed   []clusterRun  // references dropped since the last cut
+	waiting atomic.Uint64 // their number; written under the metadata lock
 }
 
 // clusterRun is a run of host clusters, or n references to one where that is said.
@@ -552,7 +553,7 @@ func (a *allocator) free(r clusterRun) {
 		_, _ = a.release([]clusterRun{r})
 		return
 	}
-	a.waiting += r.n
+	a.waiting.Add(r.n)
 	if n := len(a.freed); n > 0 && a.freed[n-1].first+a.freed[n-1].n == r.first {
 		a.freed[n-1].n += r.n
 		return

@@ -82,6 +82,7 @@ func (img *Image) writeNew(p []byte, guestOff uint64) (int, error) {
 	held := clusterRange{first: guestOff >> m.clusterBits, last: (guestOff + n - 1) >> m.clusterBits}
 	img.reqs.lock(&held)
 	defer img.reqs.unlock(&held)
+	defer img.reqs.leave(img.reqs.enter()) // old content and tables are read
 	if err := img.writable(); err != nil {
 		return 0, err
 	}

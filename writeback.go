@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 )
 
@@ -34,6 +35,7 @@ type writeback struct {
 	mu      sync.Mutex // guards the numbers below
 	cond    sync.Cond
 	running bool
+	stopped bool   // nothing is written back any more
 	begun   uint64 // cuts begun
 	ended   uint64 // cuts ended
 	err     error  // how the last one ended
@@ -62,6 +64,9 @@ func (img *Image) flush() error {
 			w.cond.Wait()
 			continue
 		}
+		if w.stopped {
+			return fs.ErrClosed
+		}
 		w.running = true
 		w.begun++
 		w.mu.Unlock()
@@ -72,6 +77,16 @@ func (img *Image) flush() error {
 		w.cond.Broadcast()
 	}
 	return w.err
+}
+
+// stop waits for a running cut and keeps new ones from beginning: the storage is about to be released.
+func (w *writeback) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.stopped = true
+	for w.running {
+		w.cond.Wait()
+	}
 }
 
 // hookWrite is a refcount table entry as of a cut.
@@ -121,7 +136,8 @@ func (img *Image) takeCut() (*cut, error) {
 		c.hooks = append(c.hooks, hookWrite{index: i, off: a.tableOff + 8*i, block: a.table.load(i)})
 	}
 	a.hooks = nil
-	c.freed.runs, a.freed, a.waiting = a.freed, nil, 0
+	c.freed.runs, a.freed = a.freed, nil
+	a.waiting.Store(0)
 	c.freed.epoch = img.reqs.advance()
 	a.moved = false
 
@@ -267,6 +283,9 @@ func (img *Image) endCut(c *cut, failed error) {
 		}
 		return
 	}
+	if c.moved {
+		img.hdr.refTableOff, img.hdr.refTableClusters = c.table.first<<m.clusterBits, uint32(c.table.n)
+	}
 	if len(c.freed.runs) > 0 {
 		img.wb.limbo = append(img.wb.limbo, c.freed)
 	}
@@ -301,11 +320,7 @@ const maxQuarantine = 64 << 20
 
 // relieve writes back if so many clusters wait to become free that the file would grow for no need.
 func (img *Image) relieve() error {
-	m := img.m
-	m.mu.Lock()
-	n := m.alloc.waiting
-	m.mu.Unlock()
-	if n<<m.clusterBits < maxQuarantine {
+	if img.m.alloc.waiting.Load()<<img.m.clusterBits < maxQuarantine {
 		return nil
 	}
 	return img.flush()

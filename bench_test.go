@@ -151,3 +151,130 @@ func BenchmarkImageReadAt(b *testing.B) {
 func BenchmarkImageWriteAt(b *testing.B) {
 	benchmarkDisks(b, func(d mappedDisk, p []byte, off int64) (int, error) { return d.WriteAt(p, off) })
 }
+
+// BenchmarkImageWriteAtNew writes where nothing was written before, so that each request allocates, beside a raw
+// file that grows as sparsely. The Sync at the end of each disk counts.
+func BenchmarkImageWriteAtNew(b *testing.B) {
+	type growing interface {
+		mappedDisk
+		Sync() error
+		Close() error
+	}
+	create := map[string]func(path string) (growing, error){
+		"image": func(path string) (growing, error) { return Create(path, benchSize, nil) },
+		"raw": func(path string) (growing, error) {
+			f, err := os.Create(path)
+			if err == nil {
+				err = f.Truncate(benchSize)
+			}
+			return f, err
+		},
+	}
+	for _, order := range []struct {
+		name    string
+		n, step int64
+	}{{"seq", 1 << 20, 1 << 20}, {"random", 4 << 10, 64 << 10}} {
+		for _, name := range []string{"raw", "image"} {
+			b.Run(fmt.Sprintf("%s/disk=%s", order.name, name), func(b *testing.B) {
+				path := filepath.Join(benchDir(b), "disk")
+				b.SetBytes(order.n)
+				b.ReportAllocs()
+				p := make([]byte, order.n)
+				for i := range p {
+					p[i] = byte(i)
+				}
+				perDisk := int(benchSize / order.step)
+				for done := 0; done < b.N; {
+					b.StopTimer()
+					d, err := create[name](path)
+					if err != nil {
+						b.Fatal(err)
+					}
+					places := rand.New(rand.NewPCG(1, 2)).Perm(perDisk)
+					b.StartTimer()
+					for i := 0; i < perDisk && done < b.N; i, done = i+1, done+1 {
+						off := int64(i) * order.step
+						if order.name == "random" {
+							off = int64(places[i]) * order.step
+						}
+						if _, err := d.WriteAt(p, off); err != nil {
+							b.Fatal(err)
+						}
+					}
+					if err := d.Sync(); err != nil {
+						b.Fatal(err)
+					}
+					b.StopTimer()
+					if err := d.Close(); err != nil {
+						b.Fatal(err)
+					}
+					if err := os.Remove(path); err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+				}
+			})
+		}
+	}
+}
+
+// TestNoAllocs holds reads and in-place overwrites of what is mapped to no heap allocation at all, from a part
+// of a sector to many clusters.
+func TestNoAllocs(t *testing.T) {
+	const size = 8 << 20
+	for _, storage := range []struct {
+		name string
+		make func(t *testing.T) Storage
+	}{
+		{"file", func(t *testing.T) Storage {
+			s, err := OpenFileStorage(filepath.Join(t.TempDir(), "image"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { s.Close() })
+			return s
+		}},
+		{"memory", func(t *testing.T) Storage { return NewMemoryStorage() }},
+	} {
+		for _, layout := range []struct {
+			name string
+			opts CreateOptions
+		}{
+			{"default", CreateOptions{}},
+			{"cluster=4KiB", CreateOptions{ClusterSize: 4 << 10}},
+			{"extended", CreateOptions{ExtendedL2: true}},
+		} {
+			t.Run(storage.name+"/"+layout.name, func(t *testing.T) {
+				opts := layout.opts
+				img, err := CreateStorage(storage.make(t), size, &opts)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() {
+					if err := img.Close(); err != nil {
+						t.Error(err)
+					}
+				})
+				fillDisk(t, img, size)
+				if err := img.Sync(); err != nil {
+					t.Fatal(err)
+				}
+				for _, n := range []int{100, 4 << 10, 1 << 20} {
+					p := make([]byte, n)
+					off := int64(0)
+					for op, do := range map[string]func([]byte, int64) (int, error){"read": img.ReadAt, "overwrite": img.WriteAt} {
+						got := testing.AllocsPerRun(50, func() {
+							off = (off + 1<<20 + 512) % (size - 1<<20)
+							if _, err := do(p, off); err != nil {
+								t.Fatal(err)
+							}
+						})
+						if got != 0 {
+							t.Errorf("%s of %d bytes: %v heap allocations, want none", op, n, got)
+						}
+					}
+				}
+			})
+		}
+	}
+}

@@ -2,6 +2,8 @@ package qcow2
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -258,7 +260,7 @@ type l1Write struct {
 // cutL1 takes the dirty pieces of the L1 table. Precondition: mu.
 func (m *mapper) cutL1() []l1Write {
 	var w []l1Write
-	for i := range m.l1Dirty {
+	for _, i := range slices.Sorted(maps.Keys(m.l1Dirty)) {
 		p := make([]byte, 8*min(l1Piece, m.l1.n-i*l1Piece))
 		m.l1.encode(p, i*l1Piece)
 		w = append(w, l1Write{piece: i, data: p})

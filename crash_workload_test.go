@@ -449,6 +449,11 @@ func (r *crashRun) fillImage(rng *rand.Rand, image, data Storage) error {
 	o := r.create
 	o.Open = r.openOptions(data)
 	o.Open.test = testHooks{}
+	if r.fromCreate {
+		// The header of an old image differs from that of the new one.
+		o.LazyRefcounts = o.Version == 2 || !o.LazyRefcounts
+		o.Version = 3
+	}
 	img, err := CreateStorage(image, r.size, &o)
 	if err != nil {
 		return err

@@ -296,6 +296,9 @@ func (l *crashLook) read(image, data *crashtest.Disk) (bad map[int64]error, ok b
 		l.add("I3", "a disk of %#x bytes instead of %#x", img.Size(), len(l.got))
 		return nil, false
 	}
+	if i := img.Info(); i.BackingFile != l.create.BackingFile || i.BackingFormat != l.create.BackingFormat || i.DataFile != l.create.DataFile {
+		l.add("I3", "the header names backing file %q, format %q, and data file %q", i.BackingFile, i.BackingFormat, i.DataFile)
+	}
 	if _, err := img.ReadAt(l.got, 0); err != nil {
 		bad = make(map[int64]error)
 		for at := int64(0); at < int64(len(l.got)); at += sectorSize {
@@ -509,6 +512,9 @@ func runCrash(c *crashConfig, budget crashBudget) (*crashTotals, *crashFailure, 
 	}
 	l := &crashLook{crashRun: r, oracle: newCrashOracle(r.guest, !c.fromCreate), got: make([]byte, r.size)}
 	opts := crashtest.Options{PerPoint: 8, Tightens: crashTightens}
+	if c.fromCreate {
+		opts.PerPoint = 48 // the writes of Create are long, and few
+	}
 	if !budget.every {
 		opts.Every = max(1, len(log)*opts.PerPoint/max(budget.states, 1))
 	}

@@ -157,7 +157,7 @@ func crashWorkloads() []crashWorkload {
 		{"create", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
 			c.fromCreate, c.overwrite = true, rng.IntN(2) == 0
-			c.create.ClusterSize = pick(rng, 512, 1024, 4096, 64<<10)
+			c.create.ClusterSize = pick(rng, 512, 1024, 8<<10, 8<<10, 64<<10) // above 4 KiB the header is longer than a sector
 			c.size = int64(20+rng.IntN(60))*1024 + int64(rng.IntN(2))*512
 			c.ops, c.fill = 6, 0.5 // the old image's part
 			switch rng.IntN(4) {

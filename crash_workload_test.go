@@ -30,6 +30,7 @@ type crashConfig struct {
 	tiny     bool   // caches of two slices
 
 	fill     float64 // part of the clusters that is written before the record begins
+	third    bool    // only in the first third of the disk, so that L2 tables are missing behind it
 	packed   float64 // part of those that is compressed
 	snapshot bool    // an internal snapshot shares everything at first
 	zeros    bool    // zero clusters of both kinds
@@ -50,10 +51,10 @@ type crashConfig struct {
 // String describes the configuration in one line.
 func (c *crashConfig) String() string {
 	return fmt.Sprintf("workload %s seed %d: cluster %d, refcount bits %d, version %d, size %#x, extended %t, %v, lazy %t, "+
-		"backing %q, data file %t (raw %t), device %t, tiny caches %t, fill %.2f, packed %.2f, snapshot %t, zeros %t, edge %t, "+
+		"backing %q, data file %t (raw %t), device %t, tiny caches %t, fill %.2f (a third %t), packed %.2f, snapshot %t, zeros %t, edge %t, "+
 		"create %t, overwrite %t, writers %d",
 		c.workload, c.seed, c.create.ClusterSize, c.create.RefcountBits, c.create.Version, c.size, c.create.ExtendedL2, c.create.Compression,
-		c.create.LazyRefcounts, c.backing, c.create.DataFile != "", c.create.DataFileRaw, c.device, c.tiny, c.fill, c.packed,
+		c.create.LazyRefcounts, c.backing, c.create.DataFile != "", c.create.DataFileRaw, c.device, c.tiny, c.fill, c.third, c.packed,
 		c.snapshot, c.zeros, c.edge, c.fromCreate, c.overwrite, c.writers)
 }
 
@@ -82,7 +83,7 @@ func crashWorkloads() []crashWorkload {
 	return []crashWorkload{
 		{"allocate", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
-			c.fill = rng.Float64() * 0.3
+			c.fill, c.third = rng.Float64(), true
 		}},
 		{"rewrite", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
@@ -105,12 +106,13 @@ func crashWorkloads() []crashWorkload {
 			if c.edge {
 				c.size = 512 * 4500
 			}
-			c.fill, c.compressed, c.sync = rng.Float64()*0.3, 10, 8
+			c.fill, c.third, c.compressed, c.sync = rng.Float64(), true, 10, 8
 		}},
 		{"backing", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
 			c.backing = []string{"raw", "qcow2"}[rng.IntN(2)]
 			c.fill, c.packed, c.zeros, c.compressed = rng.Float64()*0.5, 0.3, c.create.Version == 3, 10
+			c.third = rng.IntN(2) == 0
 		}},
 		{"extended", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
@@ -133,7 +135,7 @@ func crashWorkloads() []crashWorkload {
 			if !c.create.DataFileRaw && rng.IntN(2) == 0 {
 				c.backing = []string{"raw", "qcow2"}[rng.IntN(2)]
 			}
-			c.fill, c.zeros = rng.Float64()*0.6, !c.create.DataFileRaw
+			c.fill, c.zeros, c.third = rng.Float64()*0.6, !c.create.DataFileRaw, rng.IntN(2) == 0
 		}},
 		{"lazy", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
@@ -147,6 +149,7 @@ func crashWorkloads() []crashWorkload {
 			basic(c, rng, 8, 16, 32, 64)
 			c.fill, c.packed, c.zeros, c.compressed = rng.Float64()*0.8, 0.4, c.create.Version == 3, 10
 			c.writers, c.reopen = 3, 0
+			c.third = rng.IntN(2) == 0
 			if c.create.RefcountBits >= 16 && rng.IntN(2) == 0 {
 				c.snapshot = true
 			}
@@ -480,7 +483,7 @@ func (r *crashRun) fillGuest(rng *rand.Rand, img *Image) error {
 		return nil
 	}
 	for off := int64(0); off < r.size; off += cs {
-		if rng.Float64() >= r.fill {
+		if rng.Float64() >= r.fill || r.third && off > r.size/3 {
 			continue
 		}
 		p := make([]byte, min(cs, r.size-off))

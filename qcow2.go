@@ -221,6 +221,10 @@ func (img *Image) writable() error {
 func (img *Image) start() error {
 	img.startMu.Lock()
 	defer img.startMu.Unlock()
+	defer img.reqs.leave(img.reqs.enter()) // Close waits for it
+	if img.closed.Load() {
+		return fs.ErrClosed
+	}
 	if img.started.Load() {
 		return nil
 	}

@@ -166,12 +166,13 @@ func (img *Image) writePacked(part []byte, off uint64, packed []byte) error {
 	if err != nil {
 		return err
 	}
-	for reclaimed := false; ok; reclaimed = true {
+	for ok {
+		seen := m.alloc.released.Load()
 		err := img.linkPacked(packed[:n], off)
 		if err == errNotPackable {
 			break
 		}
-		if isNoSpace(err) && !reclaimed && img.reclaim() {
+		if isNoSpace(err) && img.reclaim(seen) {
 			continue
 		}
 		return err

@@ -326,7 +326,9 @@ func (img *Image) finish() error {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	a := img.m.alloc
-	img.releaseLimbo()
+	if err := img.releaseLimbo(); err != nil {
+		return err
+	}
 	if err := a.writeBack(); err != nil {
 		return err
 	}

@@ -1,9 +1,11 @@
 package qcow2
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"syscall"
 )
@@ -277,9 +279,16 @@ func (a *allocator) writeSlice(s *refcountSlice) error {
 	return nil
 }
 
-// writeBack writes all dirty slices.
+// writeBack writes all dirty slices, in the order of the file.
 func (a *allocator) writeBack() error {
+	var dirty []*refcountSlice
 	for _, s := range a.slices {
+		if s.dirty {
+			dirty = append(dirty, s)
+		}
+	}
+	slices.SortFunc(dirty, func(x, y *refcountSlice) int { return cmp.Compare(x.off, y.off) })
+	for _, s := range dirty {
 		if err := a.writeSlice(s); err != nil {
 			return err
 		}

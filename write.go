@@ -37,7 +37,7 @@ func (img *Image) writeInPlace(p []byte, guestOff uint64) (int, error) {
 		return 0, err
 	}
 	x, err := img.m.resolve(guestOff, uint64(len(p)))
-	if err != nil || !x.inPlace {
+	if err != nil || !x.inPlace() {
 		return 0, err
 	}
 	if err := img.data.write(useData, p[:x.n], x.hostOff); err != nil {

@@ -709,7 +709,7 @@ func runCrashWorkloads(t *testing.T, firstSeed uint64, perWorkload, perRun int) 
 
 // TestCrash looks at a slice of the crash states of every workload. What must hold is in DESIGN.md, section 4.
 func TestCrash(t *testing.T) {
-	n := 1500
+	n := 1000
 	if testing.Short() {
 		n = 300
 	}

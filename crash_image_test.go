@@ -36,6 +36,9 @@ func (c *crashBytes) setWord(off, v uint64) { binary.BigEndian.PutUint64(c.b[off
 // no block.
 func (c *crashBytes) block(ci uint64) ([]byte, uint64) {
 	blockBits := c.h.ClusterBits + 3 - c.h.RefcountOrder
+	if ci>>blockBits >= uint64(c.h.RefTableClusters)<<c.h.ClusterBits/8 {
+		return nil, 0
+	}
 	off := c.word(c.h.RefTableOff + 8*(ci>>blockBits))
 	if off == 0 {
 		return nil, 0
@@ -87,6 +90,21 @@ func (c *crashBytes) take(n uint64) (uint64, error) {
 		}
 		return off, nil
 	}
+}
+
+// end returns the host offset in bytes behind the last cluster that has a refcount.
+func (c *crashBytes) end() int {
+	last := uint64(0)
+	perBlock := uint64(1) << (c.h.ClusterBits + 3 - c.h.RefcountOrder)
+	for ci := uint64(0); ci < uint64(len(c.b))>>c.h.ClusterBits; ci++ {
+		block, i := c.block(ci)
+		if block == nil {
+			ci += perBlock - 1
+		} else if refcountAt(block, c.h.RefcountOrder, i) != 0 {
+			last = ci
+		}
+	}
+	return int(last+1) << c.h.ClusterBits
 }
 
 // entries calls f with the host offset of every L2 entry of the active image whose L2 table exists, and the

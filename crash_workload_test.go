@@ -34,6 +34,7 @@ type crashConfig struct {
 	packed   float64 // part of those that is compressed
 	snapshot bool    // an internal snapshot shares everything at first
 	zeros    bool    // zero clusters of both kinds
+	full     bool    // the device has room for few clusters more, so that writes fail
 	edge     bool    // filled until the refcount table is nearly full
 
 	fromCreate bool // the record begins before Create
@@ -51,16 +52,16 @@ type crashConfig struct {
 // String describes the configuration in one line.
 func (c *crashConfig) String() string {
 	return fmt.Sprintf("workload %s seed %d: cluster %d, refcount bits %d, version %d, size %#x, extended %t, %v, lazy %t, "+
-		"backing %q, data file %t (raw %t), device %t, tiny caches %t, fill %.2f (a third %t), packed %.2f, snapshot %t, zeros %t, edge %t, "+
+		"backing %q, data file %t (raw %t), device %t, tiny caches %t, fill %.2f (a third %t), packed %.2f, snapshot %t, zeros %t, full %t, edge %t, "+
 		"create %t, overwrite %t, writers %d",
 		c.workload, c.seed, c.create.ClusterSize, c.create.RefcountBits, c.create.Version, c.size, c.create.ExtendedL2, c.create.Compression,
 		c.create.LazyRefcounts, c.backing, c.create.DataFile != "", c.create.DataFileRaw, c.device, c.tiny, c.fill, c.third, c.packed,
-		c.snapshot, c.zeros, c.edge, c.fromCreate, c.overwrite, c.writers)
+		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers)
 }
 
 // crashWorkloads are the workloads. Together they hold what issue and design name: allocation, rewriting
 // in every form, compression, growth of every table, backing files, subclusters, data files, lazy refcounts,
-// syncs beside writers, and the life of an image from Create to Close.
+// syncs beside writers, a host without space, and the life of an image from Create to Close.
 func crashWorkloads() []crashWorkload {
 	pick := func(rng *rand.Rand, of ...int) int { return of[rng.IntN(len(of))] }
 	// basic gives any geometry without extended L2.
@@ -156,6 +157,13 @@ func crashWorkloads() []crashWorkload {
 			if rng.IntN(3) == 0 {
 				c.backing = "raw"
 			}
+		}},
+		{"full", func(c *crashConfig, rng *rand.Rand) {
+			basic(c, rng, 8, 16, 32, 64)
+			c.device, c.full = true, true
+			c.fill, c.packed, c.zeros, c.compressed = 0.6+rng.Float64()*0.3, 0.5, c.create.Version == 3, 25
+			c.snapshot = c.create.RefcountBits >= 16 && rng.IntN(3) == 0
+			c.sync = 7
 		}},
 		{"create", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
@@ -277,6 +285,8 @@ type crashRun struct {
 	oldImage     []byte          // with overwrite, the old image file
 	snap         []byte          // what the internal snapshot reads; nil without
 
+	refused int // writes that failed for lack of space; of a single writer
+
 	mu    sync.Mutex
 	seq   int      // numbers of writes, syncs; guarded by mu
 	lines []string // what was done, and where in the record; guarded by mu
@@ -393,6 +403,15 @@ func (r *crashRun) makeImage(rng *rand.Rand) error {
 			}
 		}
 		b = edit.b
+	}
+	if r.full {
+		edit, err := newCrashBytes(b, true)
+		if err != nil {
+			return err
+		}
+		// Devices end with a page.
+		spare := (2 + rng.IntN(12)) * r.create.ClusterSize
+		b = b[:min(len(b), (edit.end()+spare+4095)/4096*4096)]
 	}
 	r.image = r.record("image", b)
 	if data != nil {
@@ -637,7 +656,7 @@ func (g *crashGenerator) step(img *Image) error {
 			}
 		}
 		if n > 0 {
-			return g.write(off, n, func(p []byte) error { return img.WriteCompressed(p, off) })
+			return g.write(img, off, n, func(p []byte) error { return img.WriteCompressed(p, off) })
 		}
 	}
 	var n int64
@@ -654,7 +673,7 @@ func (g *crashGenerator) step(img *Image) error {
 	}
 	off = max(off, g.start)
 	n = min(n, g.end-off)
-	return g.write(off, n, func(p []byte) error {
+	return g.write(img, off, n, func(p []byte) error {
 		m, err := img.WriteAt(p, off)
 		if err == nil && m != len(p) {
 			err = fmt.Errorf("wrote %d of %d bytes", m, len(p))
@@ -664,14 +683,27 @@ func (g *crashGenerator) step(img *Image) error {
 }
 
 // write calls f with new content for the range, with its marks.
-func (g *crashGenerator) write(off, n int64, f func(p []byte) error) error {
+func (g *crashGenerator) write(img *Image, off, n int64, f func(p []byte) error) error {
 	p := make([]byte, n)
 	id := g.next("write %#x+%#x", off, n)
 	crashContent(p, off, uint64(id), g.rng.IntN(6) > 0)
 	g.rec.Mark(crashWriteStart{id, off, p})
-	if err := f(p); err != nil {
+	err := f(p)
+	if err != nil && !(g.full && isNoSpace(err)) {
 		return err
 	}
 	g.rec.Mark(crashWriteEnd{id})
+	if err == nil {
+		return nil
+	}
+	// How much of it was written is what the guest reads now; nothing but a sync makes that durable.
+	again := g.next("failed for lack of space")
+	q := make([]byte, n)
+	if _, err := img.ReadAt(q, off); err != nil {
+		return err
+	}
+	g.refused++
+	g.rec.Mark(crashWriteStart{again, off, q})
+	g.rec.Mark(crashWriteEnd{again})
 	return nil
 }

@@ -421,6 +421,20 @@ func TestQEMUAgainstLock(t *testing.T) {
 	}
 }
 
+// TestRegularStorageRefusesDevice opens a device where a resolver had seen a regular file before.
+func TestRegularStorageRefusesDevice(t *testing.T) {
+	dev := openLoopDevice(t).(*FileStorage)
+	f, err := os.Open(dev.f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var typeErr *FileTypeError
+	if _, err := newRegularStorage(f); !errors.As(err, &typeErr) {
+		t.Errorf("error %v, want a *FileTypeError", err)
+	}
+}
+
 // TestStorageDescriptorFlags checks that a storage is not left in non-blocking mode, and not inherited
 // by processes that are started.
 func TestStorageDescriptorFlags(t *testing.T) {

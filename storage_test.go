@@ -663,6 +663,24 @@ func TestMemoryDeviceGarbage(t *testing.T) {
 	}
 }
 
+// TestShardsOf checks that a range locks exactly the shards of its chunks.
+func TestShardsOf(t *testing.T) {
+	for _, r := range [][2]int64{
+		{0, 1}, {memoryChunk - 1, 1}, {memoryChunk - 1, 2}, {63 * memoryChunk, memoryChunk}, {63 * memoryChunk, memoryChunk + 1},
+		{100 * memoryChunk, 62 * memoryChunk}, {100 * memoryChunk, 63 * memoryChunk}, {100*memoryChunk + 1, 63 * memoryChunk},
+		{100 * memoryChunk, 64 * memoryChunk}, {5, 1 << 40}, {1<<63 - 2, 1}, {0, 1<<63 - 1},
+	} {
+		var want shardSet
+		first, last := r[0]/memoryChunk, (r[0]+r[1]-1)/memoryChunk
+		for i := first; i <= min(last, first+memoryShards); i++ {
+			want |= 1 << (i % memoryShards)
+		}
+		if got := shardsOf(r[0], r[1]); got != want {
+			t.Errorf("%#x bytes at %#x: %#x, want %#x", r[1], r[0], got, want)
+		}
+	}
+}
+
 // TestMemoryStorageLock grants every role.
 func TestMemoryStorageLock(t *testing.T) {
 	m := NewMemoryStorage()

@@ -102,14 +102,17 @@ func TestSettle(t *testing.T) {
 		t.Skip("no such modes")
 	}
 	name := openFile(t).Name()
-	for flag, want := range map[int]bool{os.O_RDWR: false, os.O_RDWR | OpenNonblock: false, os.O_RDWR | os.O_APPEND: true} {
-		f, err := os.OpenFile(name, flag, 0)
+	for _, row := range []struct {
+		flag int
+		want bool
+	}{{os.O_RDWR, false}, {os.O_RDWR | OpenNonblock, false}, {os.O_RDWR | os.O_APPEND, true}} {
+		f, err := os.OpenFile(name, row.flag, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
 		appends, err := Settle(f)
-		if appends != want || err != nil {
-			t.Errorf("flags %#x: appends %v, %v", flag, appends, err)
+		if appends != row.want || err != nil {
+			t.Errorf("flags %#x: appends %v, %v", row.flag, appends, err)
 		}
 		f.Close()
 		if _, err := Settle(f); !errors.Is(err, fs.ErrClosed) {

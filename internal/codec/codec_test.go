@@ -449,7 +449,7 @@ func hostile() map[string]struct {
 	// An RLE block turns four bytes into 128 KiB, as often as it comes.
 	bomb := frame(0, 0x88) // a window of 128 MiB
 	for range 5000 {
-		bomb = append(bomb, 2|0, 0, 0x10, 0xaa)
+		bomb = append(bomb, 2, 0, 0x10, 0xaa)
 	}
 	bomb = append(bomb, 1, 0, 0)
 	var deflateBomb bytes.Buffer

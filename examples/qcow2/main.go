@@ -1,0 +1,121 @@
+// Command qcow2 creates, describes, converts and maps disk images, with the options and exit codes of
+// qemu-img: 0 if it did what was asked, else 1.
+//
+// Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
+// found in this way without its backing and data files. -f or --trust opens them.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+
+	"github.com/spf13/cobra"
+
+	"github.com/go-qcow2/qcow2"
+	"github.com/go-qcow2/qcow2/examples/internal/disk"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// run executes a command line without the program's name, and returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := &cobra.Command{
+		Use:           "qcow2",
+		Short:         "Create, describe, convert and map disk images",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.AddCommand(createCommand(), infoCommand(), convertCommand(), mapCommand())
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(stderr, "qcow2:", err)
+		return 1
+	}
+	return 0
+}
+
+// sourceFlags are the flags of a command that reads a disk.
+type sourceFlags struct {
+	format string // "" means that the file tells
+	trust  bool
+	share  bool
+}
+
+// add defines the flags on cmd.
+func (f *sourceFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&f.format, "format", "f", "", "format of the file: qcow2 or raw (default: as its first bytes tell)")
+	cmd.Flags().BoolVar(&f.trust, "trust", false, "open the files that an image names, although its format was not given")
+	cmd.Flags().BoolVarP(&f.share, "force-share", "U", false, "read a file that somebody else writes")
+}
+
+// options returns how the named file is opened. It says on stderr what was taken for its format.
+func (f *sourceFlags) options(name string, stderr io.Writer) (disk.Options, error) {
+	opts := disk.Options{Format: f.format, Follow: true, Share: f.share}
+	if f.format != "" {
+		return opts, checkFormat(f.format)
+	}
+	format, err := disk.Detect(name)
+	if err != nil {
+		return opts, err
+	}
+	opts.Format, opts.Follow = format, f.trust
+	fmt.Fprintf(stderr, "qcow2: no format given: takes %s as %s\n", name, format)
+	return opts, nil
+}
+
+// open opens the named disk.
+func (f *sourceFlags) open(name string, stderr io.Writer) (*disk.Disk, error) {
+	opts, err := f.options(name, stderr)
+	if err != nil {
+		return nil, fmt.Errorf("could not open '%s': %w", name, err)
+	}
+	d, err := disk.Open(name, opts)
+	var missing *qcow2.FileRequiredError
+	if errors.As(err, &missing) && !opts.Follow {
+		return nil, fmt.Errorf("could not open '%s': it needs its %s '%s'; say -f %s or --trust if you know where it comes from",
+			name, missing.Ref.Kind, printable(missing.Ref.Name), opts.Format)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("could not open '%s': %w", name, err)
+	}
+	return d, nil
+}
+
+// checkFormat refuses a format that is neither qcow2 nor raw.
+func checkFormat(format string) error {
+	if format != disk.QCOW2 && format != disk.Raw {
+		return fmt.Errorf("unknown driver '%s'", format)
+	}
+	return nil
+}
+
+// The two kinds of output.
+const (
+	outputHuman = "human"
+	outputJSON  = "json"
+)
+
+// outputFlag defines --output on cmd.
+func outputFlag(cmd *cobra.Command) *string {
+	return cmd.Flags().String("output", outputHuman, "human or json")
+}
+
+// checkOutput refuses any other value of --output.
+func checkOutput(output string) error {
+	if output != outputHuman && output != outputJSON {
+		return fmt.Errorf("--output must be used with human or json as argument, not '%s'", output)
+	}
+	return nil
+}

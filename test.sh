@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Runs everything that must pass before a change lands. On a fresh machine with Go it installs what it
+# needs and may (Debian, as root), and says what it could not. Every step runs, whatever became of the
+# ones before; the exit code is 0 if none failed.
+#
+#   QCOW2_REQUIRE_QEMU=1   a missing tool fails its step (as in CI) instead of skipping it
+#   FUZZTIME=30s           time for each fuzz target (default 5s)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# The newest release that runs with the Go of our machines. `go run` leaves go.mod alone.
+staticcheck=honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+export GOWORK=off # each module is tested as an importer sees it
+export LC_ALL=C
+PATH=$PATH:/usr/sbin:/sbin # where e2fsprogs lives, for users who are not root
+
+passed=0 failed=() skipped=()
+started=$SECONDS
+
+# step NAME COMMAND... runs the command, and prints its verdict and duration.
+step() {
+	local name=$1 from=$SECONDS verdict=ok
+	shift
+	echo "=== $name"
+	# A subshell with its own set -e: a function called in a condition would ignore failures inside.
+	set +e
+	(set -e; "$@")
+	local code=$?
+	set -e
+	if ((code == 0)); then
+		passed=$((passed + 1))
+	else
+		failed+=("$name")
+		verdict=FAILED
+	fi
+	echo "--- $name: $verdict ($((SECONDS - from)) s)"
+}
+
+# skip NAME REASON leaves a step out, or fails it where nothing may be left out.
+skip() {
+	echo "=== $1"
+	if [[ ${QCOW2_REQUIRE_QEMU-} == 1 ]]; then
+		failed+=("$1")
+		echo "--- $1: FAILED, $2"
+	else
+		skipped+=("$1")
+		echo "--- $1: SKIPPED, $2"
+	fi
+}
+
+# have COMMAND... tells whether all commands exist.
+have() {
+	local c
+	for c; do command -v "$c" >/dev/null || return 1; done
+}
+
+# tools installs what is missing.
+tools() {
+	local packages=() missing
+	have qemu-img qemu-io qemu-nbd || packages+=(qemu-utils)
+	have mke2fs e2fsck || packages+=(e2fsprogs)
+	have gcc || packages+=(gcc libc6-dev) # the race detector needs cgo
+	if ((${#packages[@]} == 0)); then
+		echo "nothing to install"
+	elif ! have apt-get; then
+		echo "cannot install ${packages[*]}: this is not Debian; install them by hand"
+	elif ((EUID != 0)); then
+		echo "cannot install ${packages[*]}: not root; run: sudo apt-get install ${packages[*]}"
+	else
+		export DEBIAN_FRONTEND=noninteractive
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends "${packages[@]}" ||
+			echo "cannot install ${packages[*]}: apt-get failed"
+	fi
+	for missing in go qemu-img qemu-io mke2fs e2fsck gcc; do
+		have "$missing" || echo "MISSING: $missing"
+	done
+	have go
+	go version
+	! have qemu-img || qemu-img --version | head -n 1
+}
+
+# both COMMAND... runs the command in the root module and in examples.
+both() {
+	"$@"
+	[[ ! -e examples/go.mod ]] || (cd examples && "$@")
+}
+
+formatted() {
+	local files
+	files=$(gofmt -l .)
+	[[ -z $files ]] || { echo "not formatted:"; echo "$files"; return 1; }
+}
+
+vet() {
+	local target
+	for target in linux/amd64 darwin/arm64 windows/amd64 freebsd/amd64 linux/386; do
+		echo "vet $target"
+		GOOS=${target%/*} GOARCH=${target#*/} both go vet ./...
+	done
+}
+
+lint() { both go run "$staticcheck" ./...; }
+
+fuzz() {
+	local package list target count=0
+	for package in $(go list ./...); do
+		list=$(go test -list '^Fuzz' "$package")
+		for target in $(grep '^Fuzz' <<<"$list" || true); do
+			echo "$package $target"
+			go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME-5s}" "$package" | tail -n 20
+			count=$((count + 1))
+		done
+	done
+	echo "$count fuzz targets"
+	((count > 0))
+}
+
+race() { go test -count=1 -race -run 'Concurren|Race|Lock' ./...; }
+
+# The arithmetic of 32 bits, on a slice of the tests.
+test386() { GOARCH=386 go test -count=1 -short ./...; }
+
+examples() { cd examples && go test -count=1 ./...; }
+
+# unit prints one line for each test, skipped ones with their reason, and everything about failures.
+unit() { go test -count=1 -v -timeout 8m ./... 2>&1 | awk '!/^=== / && !/^ +--- PASS/ { print; fflush() }'; }
+
+step tools tools
+step gofmt formatted
+step vet vet
+step staticcheck lint
+step fuzz fuzz
+if have gcc || [[ $(go env GOOS) == darwin ]]; then
+	step race race
+else
+	skip race "the race detector needs gcc"
+fi
+if [[ $(go env GOOS)/$(go env GOARCH) == linux/amd64 ]]; then
+	step "tests on 386" test386
+fi
+if [[ -e examples/go.mod ]]; then
+	step "tests of examples" examples
+fi
+step tests unit
+
+verdict=PASSED
+((${#failed[@]} == 0)) || verdict="FAILED (${failed[*]})"
+echo "test.sh: $verdict: $passed steps passed, ${#failed[@]} failed, ${#skipped[@]} skipped${skipped[*]:+ (${skipped[*]})}, $((SECONDS - started)) s"
+((${#failed[@]} == 0))

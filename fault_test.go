@@ -439,20 +439,23 @@ func faultPlans(sc *faultScenario) []faultPlan {
 		{name: "once after", Fault: crashtest.Fault{Err: syscall.EIO, After: true}, kinds: "ws"},
 		{name: "short", Fault: crashtest.Fault{Err: syscall.EIO, Short: true}, kinds: "rw"},
 		{name: "full once", Fault: once(syscall.ENOSPC), kinds: "w"},
-		{name: "full", Fault: forever(syscall.ENOSPC), growing: true},
-		{name: "full through Close", Fault: forever(syscall.ENOSPC), growing: true, through: true},
 		{name: "for good", Fault: forever(syscall.EIO)},
 		{name: "for good through Close", Fault: forever(syscall.EIO), through: true},
 		{name: "reads for good", Fault: forever(syscall.EIO), kinds: "r"},
 		{name: "writes for good", Fault: crashtest.Fault{Err: syscall.EIO, Forever: true, Short: true}, kinds: "w"},
-		{name: "all but syncs for good", Fault: forever(syscall.EIO), kinds: "rwo", through: true},
+		{name: "writes for good through Close", Fault: forever(syscall.EIO), kinds: "w", through: true},
 	}
-	if sc.create.DataFile != "" {
-		for _, file := range []string{"image", "data"} {
-			plans = append(plans,
-				faultPlan{name: file + " for good", Fault: forever(syscall.EIO), file: file, through: true},
-				faultPlan{name: file + " writes for good", Fault: forever(syscall.ENOSPC), file: file, kinds: "w"},
-				faultPlan{name: file + " syncs for good", Fault: forever(syscall.EIO), file: file, kinds: "s"})
+	if sc.create.DataFile == "" {
+		return append(plans,
+			faultPlan{name: "full", Fault: forever(syscall.ENOSPC), growing: true},
+			faultPlan{name: "full through Close", Fault: forever(syscall.ENOSPC), growing: true, through: true})
+	}
+	for _, file := range []string{"image", "data"} {
+		plans = append(plans,
+			faultPlan{name: file + " for good", Fault: forever(syscall.EIO), file: file, through: true},
+			faultPlan{name: file + " syncs for good", Fault: forever(syscall.EIO), file: file, kinds: "s"})
+		if file == "data" || !sc.create.DataFileRaw { // the tables of a raw data file never change
+			plans = append(plans, faultPlan{name: file + " writes for good", Fault: forever(syscall.ENOSPC), file: file, kinds: "w"})
 		}
 	}
 	return plans

@@ -91,36 +91,45 @@ func createHeader(size int64, o *CreateOptions) (*header, error) {
 
 // create lays an image out in s and opens it. It closes s after an error if the chain owns it.
 func create(s Storage, size int64, o *CreateOptions, c *chain) (*Image, error) {
-	err := createIn(s, size, o)
+	data, err := createIn(s, size, o)
 	if err != nil {
 		if c.ownsTop {
 			err = errors.Join(err, s.Close())
 		} else {
 			err = errors.Join(err, s.Unlock())
 		}
-		return nil, fmt.Errorf("qcow2: create %s: %w", o.Open.Name, err)
-	}
-	return open(s, *o.Open, c)
-}
-
-// createIn lays an image out in s and makes it durable.
-func createIn(s Storage, size int64, o *CreateOptions) error {
-	h, err := createHeader(size, o)
-	if err != nil {
-		return err
-	}
-	if _, err := lockStorage(s, lockRole(LockReader, LockWriter, *o.Open), o.Open.Lock); err != nil {
-		return err
-	}
-	if err := checkEmpty(s, o); err != nil {
-		return err
-	}
-	if h.hasDataFile() {
-		if err := createData(h, o); err != nil {
-			return fmt.Errorf("data file: %w", err)
+		err = fmt.Errorf("qcow2: create %s: %w", o.Open.Name, err)
+	} else {
+		var img *Image
+		if img, err = open(s, *o.Open, c); err == nil {
+			return img, nil
 		}
 	}
-	return layOut(s, h, o.Open.NoSync)
+	if data != nil {
+		err = errors.Join(err, data.Unlock())
+	}
+	return nil, err
+}
+
+// createIn lays an image out in s and makes it durable. It returns the caller's data file if it locked
+// that, error or not.
+func createIn(s Storage, size int64, o *CreateOptions) (data Storage, err error) {
+	h, err := createHeader(size, o)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := lockStorage(s, lockRole(LockReader, LockWriter, *o.Open), o.Open.Lock); err != nil {
+		return nil, err
+	}
+	if err := checkEmpty(s, o); err != nil {
+		return nil, err
+	}
+	if h.hasDataFile() {
+		if data, err = createData(h, o); err != nil {
+			return data, fmt.Errorf("data file: %w", err)
+		}
+	}
+	return data, layOut(s, h, o.Open.NoSync)
 }
 
 // checkEmpty refuses a storage that holds something, unless it may be overwritten.
@@ -132,37 +141,44 @@ func checkEmpty(s Storage, o *CreateOptions) error {
 	return err
 }
 
-// createData makes the external data file an empty disk.
-func createData(h *header, o *CreateOptions) error {
+// createData makes the external data file an empty disk, durably. It returns the caller's data file if it
+// locked that, error or not.
+func createData(h *header, o *CreateOptions) (locked Storage, err error) {
 	s := o.Open.DataFile
-	if s == nil {
-		var err error
+	owned := s == nil
+	if owned {
 		s, err = o.Open.Resolver.Resolve(FileRef{Image: o.Open.Name, Name: o.DataFile, Format: "raw", Kind: KindData, Writable: true})
 		if err != nil {
-			return err
+			return nil, err
 		}
-		defer s.Close()
+		defer func() { err = errors.Join(err, s.Close()) }()
 	}
-	if _, err := lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock); err != nil {
-		return err
+	held, err := lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock)
+	if err != nil {
+		return nil, err
+	}
+	if held && !owned {
+		locked = s
 	}
 	if err := checkEmpty(s, o); err != nil {
-		return err
+		return locked, err
 	}
-	if s.FixedSize() {
-		// Only a raw data file must read as zeros where nothing is mapped.
-		if !h.rawData() {
-			return nil
+	host := &hostFile{s: s, fixed: s.FixedSize(), noSync: o.Open.NoSync}
+	switch {
+	case !host.fixed:
+		if err := s.Truncate(0); err != nil {
+			return locked, err
 		}
-		return (&hostFile{s: s, fixed: true}).zero(useData, 0, h.size)
+		if err := s.Truncate(int64(h.size)); err != nil {
+			return locked, err
+		}
+	case h.rawData():
+		// Only a raw data file must read as zeros where nothing is mapped.
+		if err := host.zero(useData, 0, h.size); err != nil {
+			return locked, err
+		}
 	}
-	if err := s.Truncate(0); err != nil {
-		return err
-	}
-	if err := s.Truncate(int64(h.size)); err != nil {
-		return err
-	}
-	return s.Sync()
+	return locked, host.sync()
 }
 
 // layOut writes a new image to s: header, refcount table, refcount blocks, L1 table and, for a raw data

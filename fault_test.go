@@ -237,7 +237,7 @@ func faultScenarios() []faultScenario {
 			steps:   []faultStep{{'c', 3, 5}, {'w', 5_000, 5000}, {'s', 0, 0}, {'c', 1, 2}},
 		},
 		{
-			name: "snapshot", size: 120 << 10, create: CreateOptions{ClusterSize: 512}, open: tiny,
+			name: "snapshot", size: 120 << 10, create: CreateOptions{ClusterSize: 512, RefcountBits: 64}, open: tiny,
 			prepare: []faultStep{{'w', 0, 40_000}, {'c', 80, 30}},
 			change:  addTestSnapshot,
 			steps: []faultStep{
@@ -442,6 +442,7 @@ func faultPlans(sc *faultScenario) []faultPlan {
 		{name: "for good", Fault: forever(syscall.EIO)},
 		{name: "for good through Close", Fault: forever(syscall.EIO), through: true},
 		{name: "reads for good", Fault: forever(syscall.EIO), kinds: "r"},
+		{name: "reads for good through Close", Fault: forever(syscall.EIO), kinds: "r", through: true},
 		{name: "writes for good", Fault: crashtest.Fault{Err: syscall.EIO, Forever: true, Short: true}, kinds: "w"},
 		{name: "writes for good through Close", Fault: forever(syscall.EIO), kinds: "w", through: true},
 	}
@@ -794,4 +795,198 @@ func logOps(ops []crashtest.Op) string {
 		fmt.Fprintf(&b, "%4d %s\n", i, op)
 	}
 	return b.String()
+}
+
+// TestFaultsReadOnly fails every host operation of a read-only open, of reads and Close. Nothing is ever
+// written, whatever the image asks of a writer (I10), and what was read despite a fault is right.
+func TestFaultsReadOnly(t *testing.T) {
+	for _, sc := range faultScenarios() {
+		t.Run(sc.name, func(t *testing.T) {
+			t.Parallel()
+			disks, content := sc.build(t)
+			for _, plan := range []faultPlan{
+				{name: "once", Fault: crashtest.Fault{Err: syscall.EIO}},
+				{name: "short", Fault: crashtest.Fault{Err: syscall.EIO, Short: true}, kinds: "r"},
+				{name: "for good", Fault: crashtest.Fault{Err: syscall.EIO, Forever: true}},
+			} {
+				step := int64(40_000)
+				for at := 0; !t.Failed(); at++ {
+					host := newFaultHost(disks)
+					host.faults.Set(plan.faultAt(at, disks))
+					o := sc.open
+					o.Resolver, o.Name = host, "image"
+					r := faultRun{TB: t, host: host, sc: &sc, model: faultModel{now: content}}
+					img, err := OpenStorage(host.storage("image"), &o)
+					if err != nil {
+						r.injected(err)
+						host.checkIdle(t)
+						host.faults.Heal()
+						if img, err = OpenStorage(host.storage("image"), &o); err != nil {
+							t.Fatalf("open again: %v", err)
+						}
+					}
+					r.img = img
+					for off := int64(0); off < sc.size; off += step {
+						s := faultStep{'r', off, min(step, sc.size-off)}
+						if err := r.do(0, s); err != nil {
+							if op := r.injected(err); op.Kind != crashtest.Read {
+								t.Errorf("read at %#x: %v", off, err)
+							}
+							if plan.Forever {
+								break
+							}
+							if err := r.do(0, s); err != nil {
+								t.Errorf("read at %#x again: %v", off, err)
+							}
+						}
+					}
+					fired := host.faults.Fired() > 0
+					host.faults.Heal()
+					if err := r.do(0, faultStep{'r', 0, sc.size}); err != nil {
+						t.Errorf("read after the fault: %v", err)
+					}
+					if err := img.Close(); err != nil {
+						t.Errorf("Close: %v", err)
+					}
+					host.checkIdle(t)
+					if ops := host.changes(0); len(ops) > 0 {
+						t.Errorf("%s at operation %d: changes %q", plan.name, at, ops)
+					}
+					if !fired {
+						break
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestFaultsCreate fails every host operation of CreateStorage. It holds nothing after an error, leaves no
+// half of an image, and can be called again.
+func TestFaultsCreate(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		opts CreateOptions
+		old  bool // the files hold something, which is to be overwritten
+		dev  bool // block devices
+	}{
+		{name: "plain", opts: CreateOptions{ClusterSize: 4096}},
+		{name: "overwrite", opts: CreateOptions{ClusterSize: 512}, old: true},
+		{name: "data file", opts: CreateOptions{ClusterSize: 4096, DataFile: "data"}},
+		{name: "data file by a resolver", opts: CreateOptions{ClusterSize: 4096, DataFile: "data"}, old: true},
+		{name: "raw data file", opts: CreateOptions{ClusterSize: 4096, DataFile: "data", DataFileRaw: true}},
+		{name: "devices", opts: CreateOptions{ClusterSize: 4096, DataFile: "data", DataFileRaw: true}, dev: true},
+		{name: "base", opts: CreateOptions{ClusterSize: 4096, BackingFile: "base", BackingFormat: "raw"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			const size = 256 << 10
+			base := faultStep{}.bytes(1, 50_000)
+			disks := map[string]*crashtest.Disk{"base": crashtest.NewDisk(base)}
+			for _, name := range []string{"image", "data"} {
+				switch {
+				case tt.dev:
+					disks[name] = crashtest.NewDevice(nil, 512<<10)
+				case tt.old:
+					disks[name] = crashtest.NewDisk(base)
+				default:
+					disks[name] = crashtest.NewDisk(nil)
+				}
+			}
+			sc := faultScenario{size: size, create: tt.opts}
+			for _, plan := range faultPlans(&sc) {
+				t.Run(plan.name, func(t *testing.T) {
+					for at := 0; !t.Failed(); at++ {
+						host := newFaultHost(disks)
+						host.faults.Set(plan.faultAt(at, disks))
+						o := tt.opts
+						o.Overwrite = tt.old || tt.dev
+						o.Open = &OpenOptions{Resolver: host}
+						if o.DataFile != "" && !strings.Contains(tt.name, "resolver") {
+							o.Open.DataFile = host.storage("data")
+						}
+						s := host.storage("image")
+						r := faultRun{TB: t, host: host, sc: &sc}
+						img, err := CreateStorage(s, size, &o)
+						fired := host.faults.Fired() > 0
+						host.faults.Heal()
+						if err != nil {
+							r.injected(err)
+							host.checkIdle(t)
+							n, _ := s.Size()
+							if info, err := Inspect(s, n, nil); err == nil && info.VirtualSize != size {
+								t.Errorf("half an image: %+v", info)
+							} else if err == nil {
+								r.walk(true)
+							}
+							o.Overwrite = true
+							if img, err = CreateStorage(s, size, &o); err != nil {
+								t.Fatalf("create again: %v", err)
+							}
+						}
+						r.img = img
+						r.model.now = make([]byte, size)
+						if o.BackingFile != "" {
+							copy(r.model.now, base)
+						}
+						for k, s := range []faultStep{{'r', 0, size}, {'w', 5_000, 300}, {'r', 0, size}} {
+							if err := r.do(k, s); err != nil {
+								t.Errorf("%c of the new image: %v", s.op, err)
+							}
+						}
+						if err := img.Close(); err != nil {
+							t.Errorf("Close: %v", err)
+						}
+						host.checkIdle(t)
+						r.walk(tt.dev)
+						if t.Failed() {
+							t.Logf("fault at operation %d; the operations:\n%s", at, logOps(host.faults.Ops()))
+						}
+						if !fired {
+							break
+						}
+					}
+				})
+			}
+		})
+	}
+}
+
+// TestUndoUnreadable takes clusters back whose refcounts cannot be read at that moment: they are free after
+// the next sync all the same.
+func TestUndoUnreadable(t *testing.T) {
+	sc := faultScenario{size: 1 << 20, create: CreateOptions{ClusterSize: 512, RefcountBits: 64}, prepare: []faultStep{{'w', 0, 1 << 20}}}
+	disks, _ := sc.build(t)
+	host := newFaultHost(disks)
+	img, err := OpenStorage(host.storage("image"), &OpenOptions{ReadWrite: true, RefcountCacheBytes: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := img.m.alloc
+	run, err := a.alloc(3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ci := range uint64(3) { // other blocks push this one out
+		if _, err := a.refcount(ci << a.g.refBlockBits); err != nil {
+			t.Fatal(err)
+		}
+	}
+	host.faults.Set(crashtest.Fault{Err: syscall.EIO, Forever: true, Match: func(op crashtest.Op) bool { return op.Kind == crashtest.Read }})
+	a.undo(run)
+	if host.faults.Fired() == 0 {
+		t.Fatal("no read failed")
+	}
+	host.faults.Heal()
+	if err := img.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range run.n {
+		if v, err := a.refcount(run.first + i); v != 0 || err != nil {
+			t.Errorf("refcount %d of cluster %d, error %v", v, run.first+i, err)
+		}
+	}
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
+	(&faultRun{TB: t, host: host}).walk(false)
 }

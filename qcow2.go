@@ -334,8 +334,7 @@ func (img *Image) finish() error {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	a := img.m.alloc
-	img.releaseLimbo()
-	if err := a.writeBack(); err != nil {
+	if err := errors.Join(img.releaseLimbo(), a.writeBack()); err != nil {
 		return err
 	}
 	if err := img.padFile(); err != nil {

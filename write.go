@@ -213,7 +213,7 @@ func (img *Image) takeClusters(guestOff uint64, entries []l2Entry) (run clusterR
 	m := img.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	img.releaseLimbo()
+	_ = img.releaseLimbo()
 	if err := img.checkDisplaced(entries, guestOff); err != nil {
 		return run, false, err
 	}

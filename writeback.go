@@ -270,29 +270,31 @@ func (img *Image) endCut(c *cut, failed error) {
 	if len(c.freed.runs) > 0 {
 		img.wb.limbo = append(img.wb.limbo, c.freed)
 	}
-	img.releaseLimbo()
+	_ = img.releaseLimbo()
 	if !img.lazy || img.closing.Load() {
 		_ = a.writeBack() // what could not be written stays dirty; the next cut meets the error
 	}
 }
 
 // releaseLimbo lowers the refcounts of clusters whose drop is durable and that no request uses any more.
+// After an error the rest waits for the next call: only the last one, at Close, has to tell of it.
 // Precondition: the metadata lock.
-func (img *Image) releaseLimbo() {
+func (img *Image) releaseLimbo() error {
 	w := &img.wb
 	if len(w.limbo) == 0 {
-		return
+		return nil
 	}
 	oldest := img.reqs.oldest()
 	for len(w.limbo) > 0 && w.limbo[0].epoch < oldest {
 		rest, err := img.m.alloc.release(w.limbo[0].runs)
 		if err != nil {
 			w.limbo[0].runs = rest
-			return
+			return fmt.Errorf("free clusters: %w", err)
 		}
 		w.limbo = w.limbo[1:]
 		w.lowered = true
 	}
+	return nil
 }
 
 // maxQuarantine is the number of bytes in dropped clusters that may wait for a write-back before one is

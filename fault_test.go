@@ -498,7 +498,16 @@ type faultRun struct {
 	sc    *faultScenario
 	img   *Image
 	model faultModel
-	k     int // steps done
+	seen  *faultsSeen
+}
+
+// faultsSeen counts what happened in the runs of a scenario, which would be in vain if it never did.
+type faultsSeen struct {
+	failed int // images that failed for good
+	lost   int // images that could not be closed
+	dirty  int // images that were left dirty
+	moved  int // refcount tables that moved
+	marked int // bitmaps that were marked in use
 }
 
 // do carries out the k-th step and tells the model.
@@ -639,6 +648,7 @@ func (r *faultRun) checkFailed() {
 func (r *faultRun) checkLost(pending []int) {
 	r.Helper()
 	rep := r.walk(true)
+	r.seen.lost++
 	if diff := explainContent(r.readDisks(), 0, r.model.synced, r.model.since); diff != "" {
 		r.Errorf("after the image failed: %s", diff)
 	}
@@ -646,6 +656,7 @@ func (r *faultRun) checkLost(pending []int) {
 	o.ReadWrite, o.Resolver = true, r.host
 	img, err := OpenStorage(r.host.storage("image"), &o)
 	if rep.Dirty() {
+		r.seen.dirty++
 		if !errors.Is(err, ErrDirty) {
 			r.Errorf("open of the dirty image: error %v, want ErrDirty", err)
 		}
@@ -715,6 +726,7 @@ func (r *faultRun) run(plan *faultPlan, at int) bool {
 	}
 	r.walk(true)
 	if failed {
+		r.seen.failed++
 		if plan.through {
 			faults.Heal()
 		}
@@ -751,7 +763,40 @@ func (r *faultRun) run(plan *faultPlan, at int) bool {
 	if diff := explainContent(r.readDisks(), 0, r.model.now, r.model.failed); diff != "" {
 		r.Errorf("after Close: %s", diff)
 	}
+	r.look()
 	return fired
+}
+
+// look notes what became of the tables of an image that was closed, and checks what must hold of its header.
+func (r *faultRun) look() {
+	r.Helper()
+	d := r.host.disks["image"]
+	size, err := d.Size()
+	if err != nil {
+		r.Fatal(err)
+	}
+	h, err := readHeader(d, size)
+	if err != nil {
+		r.Fatal(err)
+	}
+	if h.refTableOff != 1<<h.clusterBits {
+		r.seen.moved++
+	}
+	if h.bitmaps == nil {
+		return
+	}
+	if h.autoclear&autoclearBitmaps == 0 || h.autoclear&unknownAutoclear != 0 {
+		r.Errorf("autoclear features %#x: want the bitmaps, and nothing unknown", h.autoclear)
+	}
+	list, err := readBitmapDirectory(d, size, h, Limits{})
+	if err != nil {
+		r.Fatal(err)
+	}
+	if list[0].inUse() {
+		r.seen.marked++
+	} else if !bytes.Equal(r.model.now, r.model.synced) {
+		r.Error("the guest wrote, and the bitmap does not know")
+	}
 }
 
 // TestFaults fails every host operation of a writable open, of writes of every kind, syncs, growth,
@@ -761,6 +806,7 @@ func TestFaults(t *testing.T) {
 		t.Run(sc.name, func(t *testing.T) {
 			t.Parallel()
 			disks, content := sc.build(t)
+			var seen faultsSeen
 			for _, plan := range faultPlans(&sc) {
 				t.Run(plan.name, func(t *testing.T) {
 					at := 0
@@ -770,6 +816,7 @@ func TestFaults(t *testing.T) {
 							host:  newFaultHost(disks),
 							sc:    &sc,
 							model: faultModel{now: bytes.Clone(content), synced: content},
+							seen:  &seen,
 						}
 						met := r.run(&plan, at)
 						if t.Failed() {
@@ -783,6 +830,21 @@ func TestFaults(t *testing.T) {
 						t.Error("no operation to fail")
 					}
 				})
+			}
+			t.Logf("%+v", seen)
+			for what, n := range map[string]int{"failed": seen.failed, "lost": seen.lost} {
+				if n == 0 {
+					t.Errorf("no image was %s", what)
+				}
+			}
+			if sc.create.LazyRefcounts != (seen.dirty > 0) {
+				t.Errorf("%d images were left dirty", seen.dirty)
+			}
+			if (sc.name == "growth") != (seen.moved > 0) {
+				t.Errorf("%d refcount tables moved", seen.moved)
+			}
+			if (sc.name == "bitmaps") != (seen.marked > 0) {
+				t.Errorf("%d bitmaps were marked", seen.marked)
 			}
 		})
 	}

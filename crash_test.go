@@ -475,7 +475,7 @@ func (l *crashLook) goOn(image, data *crashtest.Disk, rep *refwalk.Report, index
 type crashTotals struct {
 	crashtest.Stats
 	Runs, Images, Dirty, Rewrites, Judged, Refused int
-	Found                                 map[string]int // findings by invariant
+	Found                                          map[string]int // findings by invariant
 }
 
 // add adds other counts.

@@ -34,6 +34,7 @@ type Image struct {
 
 	startMu sync.Mutex
 	started atomic.Bool  // bitmaps are marked; set once, under startMu
+	marking bool         // marking the bitmaps has begun, and may have taken them from the header; guarded by startMu
 	bitmaps []bitmapMark // what there is to mark
 
 	closed  atomic.Bool
@@ -229,12 +230,25 @@ func (img *Image) start() error {
 		return nil
 	}
 	if len(img.bitmaps) > 0 {
+		img.marking = true
 		if err := img.markBitmaps(); err != nil {
 			return fmt.Errorf("mark bitmaps: %w", err)
 		}
 	}
 	img.started.Store(true)
 	return nil
+}
+
+// endMarking ends what a start that failed began, at the last moment: otherwise nobody would vouch for the
+// bitmaps any more, and their clusters would be leaks.
+func (img *Image) endMarking() error {
+	img.startMu.Lock()
+	begun := img.marking
+	img.startMu.Unlock()
+	if !begun {
+		return nil
+	}
+	return img.start()
 }
 
 // markBitmaps sets the in_use flag of the bitmaps, in the order of start.
@@ -326,13 +340,13 @@ func (img *Image) finish() error {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	a := img.m.alloc
-	if err := img.releaseLimbo(); err != nil {
-		return err
-	}
-	if err := a.writeBack(); err != nil {
+	if err := errors.Join(img.releaseLimbo(), a.writeBack()); err != nil {
 		return err
 	}
 	if err := img.padFile(); err != nil {
+		return err
+	}
+	if err := img.endMarking(); err != nil {
 		return err
 	}
 	if !img.wb.dirty && !img.wb.lowered {

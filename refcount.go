@@ -552,9 +552,12 @@ func (a *allocator) advancePack(n uint64) uint64 {
 	return off
 }
 
-// undo gives clusters back whose mapping was never made. No request can know them.
+// undo gives clusters back whose mapping was never made. No request can know them. Where the host fails to
+// read their refcounts now, they go the way of dropped clusters, which tries again.
 func (a *allocator) undo(r clusterRun) {
-	_, _ = a.add(r, -1) // a leak at worst
+	if n, err := a.add(r, -1); err != nil {
+		a.free(clusterRun{first: r.first + n, n: r.n - n})
+	}
 }
 
 // free drops one reference of each cluster of r. The references are counted until the cut that holds the

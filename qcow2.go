@@ -220,12 +220,17 @@ func (img *Image) writable() error {
 // the last step leaves bitmaps that nobody vouches for, whose clusters are leaks; after it, bitmaps that
 // say themselves that they are stale. Guest data is not written before the end.
 func (img *Image) start() error {
-	img.startMu.Lock()
-	defer img.startMu.Unlock()
 	defer img.reqs.leave(img.reqs.enter()) // Close waits for it
 	if img.closed.Load() {
 		return fs.ErrClosed
 	}
+	return img.markOnce()
+}
+
+// markOnce is start without the look at whether the image is closed.
+func (img *Image) markOnce() error {
+	img.startMu.Lock()
+	defer img.startMu.Unlock()
 	if img.started.Load() {
 		return nil
 	}
@@ -248,7 +253,7 @@ func (img *Image) endMarking() error {
 	if !begun {
 		return nil
 	}
-	return img.start()
+	return img.markOnce()
 }
 
 // markBitmaps sets the in_use flag of the bitmaps, in the order of start.

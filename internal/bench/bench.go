@@ -264,4 +264,4 @@ func (b *bench) judge() error {
 }
 
 // qemuTime is how long one measurement of qemu-img is meant to take: it tells time in milliseconds.
-const qemuTime = 180 * time.Millisecond
+const qemuTime = 120 * time.Millisecond

@@ -100,7 +100,7 @@ func run(c config) error {
 			if !c.filter.MatchString(name) {
 				continue
 			}
-			fmt.Fprintln(os.Stderr, name)
+			fmt.Fprintf(os.Stderr, "%4.0fs  %s\n", time.Since(begin).Seconds(), name)
 			r, err := b.measure(w, g)
 			if err != nil {
 				return fmt.Errorf("%s: %w", name, err)

@@ -33,7 +33,7 @@ var workloads = []workload{
 	{name: "sequential overwrite", n: 1 << 20, write: true},
 	{name: "random read", n: 4 << 10, random: true, aim: 0.8},
 	{name: "random overwrite", n: 4 << 10, random: true, write: true, aim: 0.7},
-	{name: "sequential allocating write", n: 1 << 20, write: true, alloc: true, ops: 256, aim: 0.9},
+	{name: "sequential allocating write", n: 1 << 20, write: true, alloc: true, ops: 128, aim: 0.9},
 	{name: "random allocating write", n: 4 << 10, random: true, write: true, alloc: true, ops: 16 << 10},
 }
 

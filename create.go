@@ -115,12 +115,49 @@ func createIn(s Storage, size int64, o *CreateOptions) error {
 	if err := checkEmpty(s, o); err != nil {
 		return err
 	}
+	var data Storage
 	if h.hasDataFile() {
-		if err := createData(h, o); err != nil {
+		var release func() error
+		if data, release, err = takeData(o); err != nil {
+			return fmt.Errorf("data file: %w", err)
+		}
+		defer release()
+	}
+	host, err := unmake(s, o.Open.NoSync)
+	if err != nil {
+		return err
+	}
+	if data != nil {
+		if err := emptyData(data, h, o.Open.NoSync); err != nil {
 			return fmt.Errorf("data file: %w", err)
 		}
 	}
-	return layOut(s, h, o.Open.NoSync)
+	return layOut(host, h)
+}
+
+// unmake makes of s what is no image, durably, if it holds anything, and empties it if that can be. The first
+// sector decides, and goes in one piece: a crash leaves an earlier image whole, or none, and nothing that
+// belongs to it may be touched before.
+func unmake(s Storage, noSync bool) (*hostFile, error) {
+	size, err := s.Size()
+	if err != nil {
+		return nil, err
+	}
+	host := newHostFile(s, size, noSync)
+	if size == 0 {
+		return host, nil
+	}
+	if err := host.zero(useHeader, 0, min(sectorSize, uint64(size))); err != nil {
+		return nil, err
+	}
+	if err := host.sync(); err != nil || host.fixed {
+		return host, err
+	}
+	if err := s.Truncate(0); err != nil {
+		return nil, err
+	}
+	host.pristine.Store(0)
+	return host, host.sync()
 }
 
 // checkEmpty refuses a storage that holds something, unless it may be overwritten.
@@ -132,29 +169,41 @@ func checkEmpty(s Storage, o *CreateOptions) error {
 	return err
 }
 
-// createData makes the external data file an empty disk.
-func createData(h *header, o *CreateOptions) error {
+// takeData returns the storage of the external data file, locked and checked but untouched, and how to give it
+// back.
+func takeData(o *CreateOptions) (Storage, func() error, error) {
 	s := o.Open.DataFile
+	release := func() error { return nil } // the open that follows takes the lock over
 	if s == nil {
 		var err error
 		s, err = o.Open.Resolver.Resolve(FileRef{Image: o.Open.Name, Name: o.DataFile, Format: "raw", Kind: KindData, Writable: true})
 		if err != nil {
-			return err
+			return nil, nil, err
 		}
-		defer s.Close()
+		release = s.Close
 	}
-	if _, err := lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock); err != nil {
-		return err
+	_, err := lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock)
+	if err == nil {
+		if err = checkEmpty(s, o); err == nil {
+			return s, release, nil
+		}
+		err = errors.Join(err, s.Unlock())
 	}
-	if err := checkEmpty(s, o); err != nil {
-		return err
-	}
-	if s.FixedSize() {
+	return nil, nil, errors.Join(err, release())
+}
+
+// emptyData makes the external data file in s an empty disk, durably. No image names it any more.
+func emptyData(s Storage, h *header, noSync bool) error {
+	data := &hostFile{s: s, fixed: s.FixedSize(), noSync: noSync}
+	if data.fixed {
 		// Only a raw data file must read as zeros where nothing is mapped.
 		if !h.rawData() {
 			return nil
 		}
-		return (&hostFile{s: s, fixed: true}).zero(useData, 0, h.size)
+		if err := data.zero(useData, 0, h.size); err != nil {
+			return err
+		}
+		return data.sync()
 	}
 	if err := s.Truncate(0); err != nil {
 		return err
@@ -162,35 +211,16 @@ func createData(h *header, o *CreateOptions) error {
 	if err := s.Truncate(int64(h.size)); err != nil {
 		return err
 	}
-	return s.Sync()
+	return data.sync()
 }
 
-// layOut writes a new image to s: header, refcount table, refcount blocks, L1 table and, for a raw data
-// file, L2 tables that map all of it, so that who writes to the data file alone is seen through the image
-// too.
+// layOut writes a new image to host, which was unmade: header, refcount table, refcount blocks, L1 table and,
+// for a raw data file, L2 tables that map all of it, so that who writes to the data file alone is seen through
+// the image too.
 //
-// Order: what may have been an image before is unmade by its first sector, sync; the tables, sync; the
-// header, sync. A crash before the last step leaves no image.
-func layOut(s Storage, h *header, noSync bool) error {
-	size, err := s.Size()
-	if err != nil {
-		return err
-	}
-	host := newHostFile(s, size, noSync)
-	if size > 0 {
-		if err := host.zero(useHeader, 0, min(sectorSize, uint64(size))); err != nil {
-			return err
-		}
-		if !host.fixed {
-			if err := s.Truncate(0); err != nil {
-				return err
-			}
-			host.pristine.Store(0)
-		}
-		if err := host.sync(); err != nil {
-			return err
-		}
-	}
+// Order: the tables, and what the header has behind its first sector, sync; the first sector, which makes it an
+// image, sync. A crash before the last step leaves no image.
+func layOut(host *hostFile, h *header) error {
 	g := h.geometry()
 	l1Entries := g.l1Entries(h.virtualSize())
 	l1Clusters := g.clusters(8 * l1Entries)
@@ -218,9 +248,6 @@ func layOut(s Storage, h *header, noSync bool) error {
 			return err
 		}
 	}
-	if err := host.sync(); err != nil {
-		return err
-	}
 	h.refTableOff, h.refTableClusters = l.table<<g.clusterBits, uint32(rc.tableClusters)
 	h.l1Size = uint32(l1Entries)
 	if l1Entries > 0 {
@@ -232,7 +259,15 @@ func layOut(s Storage, h *header, noSync bool) error {
 	}
 	first := make([]byte, g.clusterSize)
 	copy(first, b)
-	if err := host.write(useHeader, first, 0); err != nil {
+	if g.clusterSize > sectorSize {
+		if err := host.write(useHeader, first[sectorSize:], sectorSize); err != nil {
+			return err
+		}
+	}
+	if err := host.sync(); err != nil {
+		return err
+	}
+	if err := host.write(useHeader, first[:sectorSize], 0); err != nil {
 		return err
 	}
 	return host.sync()

@@ -221,6 +221,10 @@ func (img *Image) writable() error {
 func (img *Image) start() error {
 	img.startMu.Lock()
 	defer img.startMu.Unlock()
+	defer img.reqs.leave(img.reqs.enter()) // Close waits for it
+	if img.closed.Load() {
+		return fs.ErrClosed
+	}
 	if img.started.Load() {
 		return nil
 	}
@@ -322,7 +326,9 @@ func (img *Image) finish() error {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	a := img.m.alloc
-	img.releaseLimbo()
+	if err := img.releaseLimbo(); err != nil {
+		return err
+	}
 	if err := a.writeBack(); err != nil {
 		return err
 	}

@@ -177,6 +177,8 @@ type allocator struct {
 
 	freed   []clusterRun  // references dropped since the last cut
 	waiting atomic.Uint64 // their number; written under the metadata lock
+
+	released atomic.Uint64 // counts the references that release lowered; written under the metadata lock
 }
 
 // clusterRun is a run of host clusters, or n references to one where that is said.
@@ -577,6 +579,7 @@ func (a *allocator) release(runs []clusterRun) ([]clusterRun, error) {
 	for i, r := range runs {
 		for r.n > 0 {
 			n, err := a.add(r, -1)
+			a.released.Add(n)
 			r.first, r.n = r.first+n, r.n-n
 			var corrupt *CorruptError
 			switch {

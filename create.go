@@ -91,45 +91,93 @@ func createHeader(size int64, o *CreateOptions) (*header, error) {
 
 // create lays an image out in s and opens it. It closes s after an error if the chain owns it.
 func create(s Storage, size int64, o *CreateOptions, c *chain) (*Image, error) {
-	data, err := createIn(s, size, o)
-	if err != nil {
-		if c.ownsTop {
-			err = errors.Join(err, s.Close())
-		} else {
-			err = errors.Join(err, s.Unlock())
-		}
-		err = fmt.Errorf("qcow2: create %s: %w", o.Open.Name, err)
-	} else {
+	unlock, err := createIn(s, size, o)
+	if err == nil {
 		var img *Image
 		if img, err = open(s, *o.Open, c); err == nil {
 			return img, nil
 		}
+		return nil, errors.Join(err, unlock())
 	}
-	if data != nil {
-		err = errors.Join(err, data.Unlock())
+	if c.ownsTop {
+		err = errors.Join(err, s.Close())
+	} else {
+		err = errors.Join(err, s.Unlock())
 	}
-	return nil, err
+	return nil, fmt.Errorf("qcow2: create %s: %w", o.Open.Name, err)
 }
 
-// createIn lays an image out in s and makes it durable. It returns the caller's data file if it locked
-// that, error or not.
-func createIn(s Storage, size int64, o *CreateOptions) (data Storage, err error) {
+// createIn lays an image out in s and makes it durable. The lock of a data file that is the caller's stays held,
+// for the open that follows; unlock gives it back. After an error it has been given back.
+func createIn(s Storage, size int64, o *CreateOptions) (unlock func() error, err error) {
+	unlock = func() error { return nil }
 	h, err := createHeader(size, o)
+	if err != nil {
+		return unlock, err
+	}
+	l, err := planLayout(h)
+	if err != nil {
+		return unlock, err
+	}
+	if _, err := lockStorage(s, lockRole(LockReader, LockWriter, *o.Open), o.Open.Lock); err != nil {
+		return unlock, err
+	}
+	if err := checkEmpty(s, o); err != nil {
+		return unlock, err
+	}
+	if !h.hasDataFile() {
+		l.h, err = unmake(s, o.Open.NoSync)
+		if err != nil {
+			return unlock, err
+		}
+		return unlock, l.write(h)
+	}
+	data, owned, err := takeData(o)
+	if err != nil {
+		return unlock, fmt.Errorf("data file: %w", err)
+	}
+	giveBack := data.Unlock
+	if owned {
+		giveBack = data.Close
+	} else {
+		unlock = giveBack
+	}
+	if l.h, err = unmake(s, o.Open.NoSync); err == nil {
+		if err = emptyData(data, h, o.Open.NoSync); err != nil {
+			err = fmt.Errorf("data file: %w", err)
+		} else {
+			err = l.write(h)
+		}
+	}
+	if err != nil || owned {
+		err = errors.Join(err, giveBack())
+	}
+	return unlock, err
+}
+
+// unmake makes of s what is no image, durably, if it holds anything, and empties it if that can be. The first
+// sector decides, and goes in one piece: a crash leaves an earlier image whole, or none, and nothing that
+// belongs to it may be touched before.
+func unmake(s Storage, noSync bool) (*hostFile, error) {
+	size, err := s.Size()
 	if err != nil {
 		return nil, err
 	}
-	if _, err := lockStorage(s, lockRole(LockReader, LockWriter, *o.Open), o.Open.Lock); err != nil {
+	host := newHostFile(s, size, noSync)
+	if size == 0 {
+		return host, nil
+	}
+	if err := host.zero(useHeader, 0, min(sectorSize, uint64(size))); err != nil {
 		return nil, err
 	}
-	if err := checkEmpty(s, o); err != nil {
+	if err := host.sync(); err != nil || host.fixed {
+		return host, err
+	}
+	if err := s.Truncate(0); err != nil {
 		return nil, err
 	}
-	if h.hasDataFile() {
-		if data, err = createData(h, o); err != nil {
-			return data, fmt.Errorf("data file: %w", err)
-		}
-	}
-	return data, layOut(s, h, o.Open.NoSync)
+	host.pristine.Store(0)
+	return host, host.sync()
 }
 
 // checkEmpty refuses a storage that holds something, unless it may be overwritten.
@@ -141,125 +189,120 @@ func checkEmpty(s Storage, o *CreateOptions) error {
 	return err
 }
 
-// createData makes the external data file an empty disk, durably. It returns the caller's data file if it
-// locked that, error or not.
-func createData(h *header, o *CreateOptions) (locked Storage, err error) {
-	s := o.Open.DataFile
-	owned := s == nil
-	if owned {
+// takeData returns the storage of the external data file, locked and checked but untouched, and whether the
+// library is to close it.
+func takeData(o *CreateOptions) (s Storage, owned bool, err error) {
+	if s = o.Open.DataFile; s == nil {
+		owned = true
 		s, err = o.Open.Resolver.Resolve(FileRef{Image: o.Open.Name, Name: o.DataFile, Format: "raw", Kind: KindData, Writable: true})
 		if err != nil {
-			return nil, err
-		}
-		defer func() { err = errors.Join(err, s.Close()) }()
-	}
-	held, err := lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock)
-	if err != nil {
-		return nil, err
-	}
-	if held && !owned {
-		locked = s
-	}
-	if err := checkEmpty(s, o); err != nil {
-		return locked, err
-	}
-	host := &hostFile{s: s, fixed: s.FixedSize(), noSync: o.Open.NoSync}
-	switch {
-	case !host.fixed:
-		if err := s.Truncate(0); err != nil {
-			return locked, err
-		}
-		if err := s.Truncate(int64(h.size)); err != nil {
-			return locked, err
-		}
-	case h.rawData():
-		// Only a raw data file must read as zeros where nothing is mapped.
-		if err := host.zero(useData, 0, h.size); err != nil {
-			return locked, err
+			return nil, false, err
 		}
 	}
-	return locked, host.sync()
+	_, err = lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock)
+	if err == nil {
+		if err = checkEmpty(s, o); err == nil {
+			return s, owned, nil
+		}
+		err = errors.Join(err, s.Unlock())
+	}
+	if owned {
+		err = errors.Join(err, s.Close())
+	}
+	return nil, false, err
 }
 
-// layOut writes a new image to s: header, refcount table, refcount blocks, L1 table and, for a raw data
-// file, L2 tables that map all of it, so that who writes to the data file alone is seen through the image
-// too.
-//
-// Order: what may have been an image before is unmade by its first sector, sync; the tables, sync; the
-// header, sync. A crash before the last step leaves no image.
-func layOut(s Storage, h *header, noSync bool) error {
-	size, err := s.Size()
-	if err != nil {
+// emptyData makes the external data file in s an empty disk, durably. No image names it any more.
+func emptyData(s Storage, h *header, noSync bool) error {
+	data := &hostFile{s: s, fixed: s.FixedSize(), noSync: noSync}
+	if data.fixed {
+		// Only a raw data file must read as zeros where nothing is mapped.
+		if !h.rawData() {
+			return nil
+		}
+		if err := data.zero(useData, 0, h.size); err != nil {
+			return err
+		}
+		return data.sync()
+	}
+	if err := s.Truncate(0); err != nil {
 		return err
 	}
-	host := newHostFile(s, size, noSync)
-	if size > 0 {
-		if err := host.zero(useHeader, 0, min(sectorSize, uint64(size))); err != nil {
-			return err
-		}
-		if !host.fixed {
-			if err := s.Truncate(0); err != nil {
-				return err
-			}
-			host.pristine.Store(0)
-		}
-		if err := host.sync(); err != nil {
-			return err
-		}
+	if err := s.Truncate(int64(h.size)); err != nil {
+		return err
 	}
+	return data.sync()
+}
+
+// layout is where the parts of a new image stand, as host cluster indexes, in this order: header, refcount
+// table, refcount blocks, L1 table and, for a raw data file, L2 tables that map all of it, so that who writes to
+// the data file alone is seen through the image too.
+type layout struct {
+	g                          geometry
+	h                          *hostFile // set before write
+	rc                         refcountSize
+	table, blocks, l1, l2, end uint64
+	l1Entries, l2Tables        uint64
+}
+
+// planLayout finds the places for an image with header h, and names them in it.
+func planLayout(h *header) (*layout, error) {
 	g := h.geometry()
-	l1Entries := g.l1Entries(h.virtualSize())
-	l1Clusters := g.clusters(8 * l1Entries)
-	l2Tables := uint64(0)
+	l := &layout{g: g, table: 1, l1Entries: g.l1Entries(h.virtualSize())}
+	l1Clusters := g.clusters(8 * l.l1Entries)
 	if h.rawData() {
-		l2Tables = l1Entries
+		l.l2Tables = l.l1Entries
 	}
-	rc, err := g.sizeRefcounts(0, 1+l1Clusters+l2Tables, false)
-	if err != nil {
-		return err
+	var err error
+	if l.rc, err = g.sizeRefcounts(0, 1+l1Clusters+l.l2Tables, false); err != nil {
+		return nil, err
 	}
-	l := layout{g: g, h: host, table: 1, rc: rc}
-	l.blocks = l.table + rc.tableClusters
-	l.l1 = l.blocks + rc.blocks
+	l.blocks = l.table + l.rc.tableClusters
+	l.l1 = l.blocks + l.rc.blocks
 	l.l2 = l.l1 + l1Clusters
-	l.end = l.l2 + l2Tables
-	if err := l.writeRefcounts(); err != nil {
-		return err
-	}
-	if err := l.writeL1(l1Entries, l2Tables > 0); err != nil {
-		return err
-	}
-	for i := range l2Tables {
-		if err := l.writeIdentityL2(i, h.virtualSize()); err != nil {
-			return err
-		}
-	}
-	if err := host.sync(); err != nil {
-		return err
-	}
-	h.refTableOff, h.refTableClusters = l.table<<g.clusterBits, uint32(rc.tableClusters)
-	h.l1Size = uint32(l1Entries)
-	if l1Entries > 0 {
+	l.end = l.l2 + l.l2Tables
+	h.refTableOff, h.refTableClusters = l.table<<g.clusterBits, uint32(l.rc.tableClusters)
+	h.l1Size = uint32(l.l1Entries)
+	if l.l1Entries > 0 {
 		h.l1Off = l.l1 << g.clusterBits
 	}
+	return l, nil
+}
+
+// write writes the new image to l.h, which was unmade.
+//
+// Order: the tables, and what the header has behind its first sector, sync; the first sector, which makes it an
+// image, sync. A crash before the last step leaves no image.
+func (l *layout) write(h *header) error {
 	b, err := h.encode()
 	if err != nil {
 		return err
 	}
-	first := make([]byte, g.clusterSize)
+	first := make([]byte, l.g.clusterSize)
 	copy(first, b)
-	if err := host.write(useHeader, first, 0); err != nil {
+	if err := l.writeRefcounts(); err != nil {
 		return err
 	}
-	return host.sync()
-}
-
-// layout is where the parts of a new image stand, as host cluster indexes.
-type layout struct {
-	g                          geometry
-	h                          *hostFile
-	rc                         refcountSize
-	table, blocks, l1, l2, end uint64
+	if err := l.writeL1(); err != nil {
+		return err
+	}
+	for i := range l.l2Tables {
+		if err := l.writeIdentityL2(i, h.virtualSize()); err != nil {
+			return err
+		}
+	}
+	if l.g.clusterSize > sectorSize {
+		if err := l.h.write(useHeader, first[sectorSize:], sectorSize); err != nil {
+			return err
+		}
+	}
+	if err := l.h.sync(); err != nil {
+		return err
+	}
+	if err := l.h.write(useHeader, first[:sectorSize], 0); err != nil {
+		return err
+	}
+	return l.h.sync()
 }
 
 // writeRefcounts writes the refcount table and the blocks: every cluster before end has one reference.
@@ -286,17 +329,15 @@ func (l *layout) writeRefcounts() error {
 	return nil
 }
 
-// writeL1 writes the L1 table of n entries, all zero, or each with its L2 table behind it.
-func (l *layout) writeL1(n uint64, mapped bool) error {
-	if !mapped && l.h.readsZero(l.l1<<l.g.clusterBits) {
+// writeL1 writes the L1 table, whose entries are zero, or have their L2 tables behind it.
+func (l *layout) writeL1() error {
+	if l.l2Tables == 0 && l.h.readsZero(l.l1<<l.g.clusterBits) {
 		// The table is there by the file's size.
 		return l.h.s.Truncate(int64(l.end << l.g.clusterBits))
 	}
-	t := newTable(n)
-	if mapped {
-		for i := range n {
-			t.store(i, (l.l2+i)<<l.g.clusterBits|flagCopied)
-		}
+	t := newTable(l.l1Entries)
+	for i := range l.l2Tables {
+		t.store(i, (l.l2+i)<<l.g.clusterBits|flagCopied)
 	}
 	buf := make([]byte, l.g.clusterSize)
 	for ci := l.l1; ci < l.l2; ci++ {

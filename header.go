@@ -704,8 +704,8 @@ func (h *header) encodeFixed() []byte {
 	n := max(int(h.headerLength), headerLengthMin)
 	if h.version < 3 {
 		n = headerLengthV2
-	} else if h.compression != CompressionDeflate {
-		n = max(n, headerLengthV3)
+	} else if n <= fieldCompression && h.compression != CompressionDeflate {
+		n = headerLengthV3
 	}
 	b := make([]byte, n, n+512)
 	be := binary.BigEndian

@@ -5,10 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
+	"runtime/metrics"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -288,83 +293,128 @@ func TestLimitsDefaults(t *testing.T) {
 	}
 }
 
-// FuzzInspect decodes any bytes: never a panic, every refusal typed, memory in proportion, and what was
-// decoded encodes to a header that says the same and encodes to itself. The tables that the header
-// points at are read too.
+// allocatedBytes returns how many bytes this process has allocated so far. It is coarser than
+// runtime.ReadMemStats, and does not stop the world.
+func allocatedBytes() uint64 {
+	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(sample)
+	return sample[0].Value.Uint64()
+}
+
+// FuzzInspect runs checkInspect on any bytes.
 func FuzzInspect(f *testing.F) {
 	for _, b := range testBases(f) {
 		f.Add(bytes.TrimRight(b, "\x00"))
 	}
-	f.Fuzz(func(t *testing.T, b []byte) {
-		size := int64(len(b))
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		info, err := Inspect(bytes.NewReader(b), size, nil)
-		runtime.ReadMemStats(&after)
-		if n := after.TotalAlloc - before.TotalAlloc; n > 64<<20 {
-			t.Errorf("Inspect allocated %d bytes for %d", n, size)
-		}
-		var he *HeaderError
-		if err != nil && !errors.As(err, &he) {
-			t.Fatalf("error %v is no *HeaderError", err)
-		}
-		h, err := readHeader(bytes.NewReader(b), size)
-		if err != nil {
-			if info != nil {
-				t.Fatalf("readHeader: %v, but Inspect took it", err)
+	f.Fuzz(func(t *testing.T, b []byte) { checkInspect(t, b) })
+}
+
+// TestInspectMutations runs checkInspect on valid headers with a few numbers changed, which reaches
+// further behind the first rules than a fuzzer does in a short run.
+func TestInspectMutations(t *testing.T) {
+	const seed, runs = 1, 50000
+	rng := rand.New(rand.NewPCG(seed, 0))
+	bases := testBases(t)
+	for name, b := range bases {
+		bases[name] = b[:len(bytes.TrimRight(b, "\x00"))+64]
+	}
+	names := slices.Sorted(maps.Keys(bases))
+	numbers := []uint64{0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 47, 48, 64, 104, 107, 112, 120, 255, 256, 512, 1023, 1024, 4096, 1 << 16, 1 << 17,
+		3 << 16, extBackingFormat, extFeatureNames, extBitmaps, extCryptoHeader, extDataFile, 1 << 31, math.MaxUint32, 1 << 56, math.MaxUint64}
+	for run := range runs {
+		b := bytes.Clone(bases[names[rng.IntN(len(names))]])
+		b = b[:len(b)-rng.IntN(64)]
+		for range 1 + rng.IntN(4) {
+			p := poke{size: 1 << rng.IntN(4), value: numbers[rng.IntN(len(numbers))]}
+			if p.off = rng.IntN(min(len(b), 700)); rng.IntN(2) == 0 {
+				f := headerFields[1+rng.IntN(len(headerFields)-1)]
+				p.off, p.size = f.off, f.size
+			} else if rng.IntN(2) == 0 {
+				p.off &^= 7
 			}
-			return
-		}
-		first, err := h.encode()
-		if err != nil {
-			t.Fatalf("what was decoded does not encode: %v", err)
-		}
-		again, err := readHeader(bytes.NewReader(first), size)
-		if err != nil {
-			t.Fatalf("what was encoded does not decode: %v", err)
-		}
-		second, err := again.encode()
-		if err != nil {
-			t.Fatalf("encode after decode after encode: %v", err)
-		}
-		if diff := cmp.Diff(first, second); diff != "" {
-			t.Fatalf("encoding is not stable (-first +second):\n%s", diff)
-		}
-		one, two := h.info(), again.info()
-		for _, i := range []*Info{&one, &two} {
-			i.UnknownExtensions = nil // a nil and an empty list are alike
-		}
-		if diff := cmp.Diff(one, two); diff != "" {
-			t.Fatalf("the encoded header says something else (-before +after):\n%s", diff)
-		}
-		// Of several extensions of one type one is written, so only this direction holds.
-		if err := h.validate(Limits{}); err != nil {
-			return
-		}
-		if err := again.validate(Limits{}); err != nil {
-			t.Fatalf("the encoded header is invalid: %v", err)
-		}
-		typed := func(what string, err error) {
-			var ce *CorruptError
-			var le *LimitError
-			if err != nil && !errors.As(err, &ce) && !errors.As(err, &le) && !errors.Is(err, ErrUnsupported) {
-				t.Fatalf("%s: untyped error %v", what, err)
+			if p.off+p.size <= len(b) {
+				p.apply(b)
 			}
 		}
-		snapshots, err := readSnapshotTable(bytes.NewReader(b), size, h, Limits{})
-		typed("snapshot table", err)
-		g := h.geometry()
-		for i := range snapshots {
-			typed("snapshot L1", snapshots[i].checkL1(&g))
-			_ = snapshots[i].public()
+		checkInspect(t, b)
+		if t.Failed() {
+			t.Fatalf("seed %d, run %d, image %x", seed, run, b)
 		}
-		bitmaps, err := readBitmapDirectory(bytes.NewReader(b), size, h, Limits{})
-		typed("bitmap directory", err)
-		for _, m := range bitmapMarks(bitmaps) {
-			if m.off+4 > uint64(size) || m.off < h.bitmaps.dirOff || m.flags&bitmapInUse == 0 {
-				t.Fatalf("mark %+v outside the directory", m)
-			}
+	}
+}
+
+// checkInspect decodes any bytes: never a panic, every refusal typed, memory in proportion, and what was
+// decoded encodes to a header that says the same and encodes to itself. The tables that the header
+// points at are read too.
+func checkInspect(t *testing.T, b []byte) {
+	t.Helper()
+	size := int64(len(b))
+	before := allocatedBytes()
+	info, err := Inspect(bytes.NewReader(b), size, nil)
+	if n := allocatedBytes() - before; n > 64<<20 {
+		t.Errorf("Inspect allocated %d bytes for %d", n, size)
+	}
+	var he *HeaderError
+	if err != nil && !errors.As(err, &he) {
+		t.Fatalf("error %v is no *HeaderError", err)
+	}
+	h, err := readHeader(bytes.NewReader(b), size)
+	if err != nil {
+		if info != nil {
+			t.Fatalf("readHeader: %v, but Inspect took it", err)
 		}
-		_ = h.checkOpenable(true)
-	})
+		return
+	}
+	first, err := h.encode()
+	if err != nil {
+		t.Fatalf("what was decoded does not encode: %v", err)
+	}
+	again, err := readHeader(bytes.NewReader(first), size)
+	if err != nil {
+		t.Fatalf("what was encoded does not decode: %v", err)
+	}
+	second, err := again.encode()
+	if err != nil {
+		t.Fatalf("encode after decode after encode: %v", err)
+	}
+	// cmp is slow: it only explains.
+	if !bytes.Equal(first, second) {
+		t.Fatalf("encoding is not stable (-first +second):\n%s", cmp.Diff(first, second))
+	}
+	one, two := h.info(), again.info()
+	for _, i := range []*Info{&one, &two} {
+		i.UnknownExtensions = nil // a nil and an empty list are alike
+	}
+	if !reflect.DeepEqual(one, two) {
+		t.Fatalf("the encoded header says something else (-before +after):\n%s", cmp.Diff(one, two))
+	}
+	// Of several extensions of one type one is written, so only this direction holds.
+	if err := h.validate(Limits{}); err != nil {
+		return
+	}
+	if err := again.validate(Limits{}); err != nil {
+		t.Fatalf("the encoded header is invalid: %v", err)
+	}
+	typed := func(what string, err error) {
+		var ce *CorruptError
+		var le *LimitError
+		if err != nil && !errors.As(err, &ce) && !errors.As(err, &le) && !errors.Is(err, ErrUnsupported) {
+			t.Fatalf("%s: untyped error %v", what, err)
+		}
+	}
+	snapshots, err := readSnapshotTable(bytes.NewReader(b), size, h, Limits{})
+	typed("snapshot table", err)
+	g := h.geometry()
+	for i := range snapshots {
+		typed("snapshot L1", snapshots[i].checkL1(&g))
+		_ = snapshots[i].public()
+	}
+	bitmaps, err := readBitmapDirectory(bytes.NewReader(b), size, h, Limits{})
+	typed("bitmap directory", err)
+	for _, m := range bitmapMarks(bitmaps) {
+		if m.off+4 > uint64(size) || m.off < h.bitmaps.dirOff || m.flags&bitmapInUse == 0 {
+			t.Fatalf("mark %+v outside the directory", m)
+		}
+	}
+	_ = h.checkOpenable(true)
 }

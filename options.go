@@ -51,7 +51,7 @@ type OpenOptions struct {
 	// NoSync turns host syncs off: Sync then only writes back. For test harnesses; a crash may leave
 	// anything.
 	NoSync bool
-	// Limits bounds what an image may ask for. Nil: DefaultLimits.
+	// Limits bounds what an image may ask for. Nil: the default of each.
 	Limits *Limits
 	// L2CacheBytes bounds the memory for L2 slices of the whole chain. Default 32 MiB, minimum two
 	// slices.

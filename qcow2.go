@@ -222,6 +222,10 @@ func (img *Image) writable() error {
 func (img *Image) start() error {
 	img.startMu.Lock()
 	defer img.startMu.Unlock()
+	defer img.reqs.leave(img.reqs.enter()) // Close waits for it
+	if img.closed.Load() {
+		return fs.ErrClosed
+	}
 	if img.started.Load() {
 		return nil
 	}
@@ -302,6 +306,7 @@ func (img *Image) Close() error {
 	var err error
 	if !img.readOnly {
 		err = img.finish()
+		img.wb.stop()
 	}
 	if err := errors.Join(err, img.release()); err != nil {
 		return fmt.Errorf("qcow2: close: %w", err)
@@ -316,6 +321,7 @@ func (img *Image) Abandon() error {
 		return fmt.Errorf("qcow2: abandon: %w", fs.ErrClosed)
 	}
 	img.reqs.drain()
+	img.wb.stop()
 	if err := img.release(); err != nil {
 		return fmt.Errorf("qcow2: abandon: %w", err)
 	}

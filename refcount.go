@@ -1,9 +1,12 @@
 package qcow2
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -172,8 +175,10 @@ type allocator struct {
 
 	test testHooks
 
-	freed   []clusterRun // references dropped since the last cut
-	waiting uint64       // their number
+	freed   []clusterRun  // references dropped since the last cut
+	waiting atomic.Uint64 // their number; written under the metadata lock
+
+	released atomic.Uint64 // counts the references that release lowered; written under the metadata lock
 }
 
 // clusterRun is a run of host clusters, or n references to one where that is said.
@@ -274,9 +279,16 @@ func (a *allocator) writeSlice(s *refcountSlice) error {
 	return nil
 }
 
-// writeBack writes all dirty slices.
+// writeBack writes all dirty slices, in the order of the file.
 func (a *allocator) writeBack() error {
+	var dirty []*refcountSlice
 	for _, s := range a.slices {
+		if s.dirty {
+			dirty = append(dirty, s)
+		}
+	}
+	slices.SortFunc(dirty, func(x, y *refcountSlice) int { return cmp.Compare(x.off, y.off) })
+	for _, s := range dirty {
 		if err := a.writeSlice(s); err != nil {
 			return err
 		}
@@ -555,7 +567,7 @@ func (a *allocator) free(r clusterRun) {
 		_, _ = a.release([]clusterRun{r})
 		return
 	}
-	a.waiting += r.n
+	a.waiting.Add(r.n)
 	if n := len(a.freed); n > 0 && a.freed[n-1].first+a.freed[n-1].n == r.first {
 		a.freed[n-1].n += r.n
 		return
@@ -570,6 +582,7 @@ func (a *allocator) release(runs []clusterRun) ([]clusterRun, error) {
 	for i, r := range runs {
 		for r.n > 0 {
 			n, err := a.add(r, -1)
+			a.released.Add(n)
 			r.first, r.n = r.first+n, r.n-n
 			var corrupt *CorruptError
 			switch {

@@ -28,7 +28,7 @@ type snapshotSpec struct {
 	clock     uint64
 	vmState32 uint32
 	extra     []byte
-	extraSize int // what the field says; 0: the truth
+	extraSize uint32 // what the field says; 0: the truth
 }
 
 // append appends the entry, padded, to the table b.
@@ -45,9 +45,9 @@ func (s snapshotSpec) append(b []byte) []byte {
 	b = be.AppendUint32(b, s.vmState32)
 	size := s.extraSize
 	if size == 0 {
-		size = len(s.extra)
+		size = uint32(len(s.extra))
 	}
-	b = be.AppendUint32(b, uint32(size))
+	b = be.AppendUint32(b, size)
 	b = append(b, s.extra...)
 	b = append(b, s.id...)
 	return append(b, s.name...)

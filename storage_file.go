@@ -236,4 +236,17 @@ func (s *FileStorage) Identity() any { return s.id }
 func (s *FileStorage) FixedSize() bool { return s.device }
 
 // Close implements Storage. It gives the lock back and does not sync.
-func (s *FileStorage) Close() error { return s.f.Close() }
+//
+// The lock is given back by name and not left to end with the file: a process that is being started by this
+// one at the same time holds a copy of the descriptor until it executes its program, and the lock would live
+// on with it.
+func (s *FileStorage) Close() error {
+	s.mu.Lock()
+	held := s.held != hostfile.ImageLock{}
+	s.mu.Unlock()
+	var err error
+	if held {
+		err = s.Unlock()
+	}
+	return errors.Join(err, s.f.Close())
+}

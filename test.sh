@@ -108,7 +108,7 @@ fuzz() {
 		list=$(go test -list '^Fuzz' "$package")
 		for target in $(grep '^Fuzz' <<<"$list" || true); do
 			echo "$package $target"
-			go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME-5s}" "$package" | tail -n 20
+			go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME-5s}" -fuzzminimizetime 10x "$package" | tail -n 20
 			count=$((count + 1))
 		done
 	done

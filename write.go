@@ -8,8 +8,8 @@ import (
 // write writes p at guestOff. It returns how many bytes were written before an error.
 func (img *Image) write(p []byte, guestOff uint64) (int, error) {
 	done := 0
-	reclaimed := false
 	for done < len(p) {
+		seen := img.m.alloc.released.Load()
 		off := guestOff + uint64(done)
 		n, err := img.writeInPlace(p[done:], off)
 		if n == 0 && err == nil {
@@ -18,8 +18,7 @@ func (img *Image) write(p []byte, guestOff uint64) (int, error) {
 		done += n
 		if err != nil {
 			// A full host may hold space that a write-back would free; nothing is held here (I4).
-			if isNoSpace(err) && !reclaimed && img.reclaim() {
-				reclaimed = true
+			if isNoSpace(err) && img.reclaim(seen) {
 				continue
 			}
 			return done, err
@@ -38,7 +37,7 @@ func (img *Image) writeInPlace(p []byte, guestOff uint64) (int, error) {
 		return 0, err
 	}
 	x, err := img.m.resolve(guestOff, uint64(len(p)))
-	if err != nil || !x.inPlace {
+	if err != nil || !x.inPlace() {
 		return 0, err
 	}
 	if err := img.data.write(useData, p[:x.n], x.hostOff); err != nil {
@@ -82,6 +81,7 @@ func (img *Image) writeNew(p []byte, guestOff uint64) (int, error) {
 	held := clusterRange{first: guestOff >> m.clusterBits, last: (guestOff + n - 1) >> m.clusterBits}
 	img.reqs.lock(&held)
 	defer img.reqs.unlock(&held)
+	defer img.reqs.leave(img.reqs.enter()) // old content and tables are read
 	if err := img.writable(); err != nil {
 		return 0, err
 	}
@@ -213,7 +213,7 @@ func (img *Image) takeClusters(guestOff uint64, entries []l2Entry) (run clusterR
 	m := img.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	_ = img.releaseLimbo()
+	_ = img.releaseLimbo() // what could not be released stays; Close meets the error
 	if err := img.checkDisplaced(entries, guestOff); err != nil {
 		return run, false, err
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 )
 
@@ -34,12 +35,14 @@ type writeback struct {
 	mu      sync.Mutex // guards the numbers below
 	cond    sync.Cond
 	running bool
+	stopped bool   // nothing is written back any more
 	begun   uint64 // cuts begun
 	ended   uint64 // cuts ended
 	err     error  // how the last one ended
 
 	// Used by the running cut alone, or under the metadata lock:
 	limbo   []freedCut // dropped references whose drop is durable, and that requests may still use
+	taken   uint64     // number of dropped references in the running cut
 	lowered bool       // refcounts were lowered since the last host sync
 	test    testHooks
 	dirty   bool // the header's dirty bit is set on disk
@@ -62,6 +65,9 @@ func (img *Image) flush() error {
 			w.cond.Wait()
 			continue
 		}
+		if w.stopped {
+			return fs.ErrClosed
+		}
 		w.running = true
 		w.begun++
 		w.mu.Unlock()
@@ -72,6 +78,16 @@ func (img *Image) flush() error {
 		w.cond.Broadcast()
 	}
 	return w.err
+}
+
+// stop waits for a running cut and keeps new ones from beginning: the storage is about to be released.
+func (w *writeback) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.stopped = true
+	for w.running {
+		w.cond.Wait()
+	}
 }
 
 // hookWrite is a refcount table entry as of a cut.
@@ -121,7 +137,8 @@ func (img *Image) takeCut() (*cut, error) {
 		c.hooks = append(c.hooks, hookWrite{index: i, off: a.tableOff + 8*i, block: a.table.load(i)})
 	}
 	a.hooks = nil
-	c.freed.runs, a.freed, a.waiting = a.freed, nil, 0
+	c.freed.runs, a.freed = a.freed, nil
+	img.wb.taken = a.waiting.Swap(0)
 	c.freed.epoch = img.reqs.advance()
 	a.moved = false
 
@@ -254,6 +271,7 @@ func (img *Image) endCut(c *cut, failed error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	a := m.alloc
+	img.wb.taken = 0
 	if failed != nil {
 		m.restoreL1(c.l1)
 		for _, k := range c.hooks {
@@ -267,18 +285,21 @@ func (img *Image) endCut(c *cut, failed error) {
 		}
 		return
 	}
+	if c.moved {
+		img.hdr.refTableOff, img.hdr.refTableClusters = c.table.first<<m.clusterBits, uint32(c.table.n)
+	}
 	if len(c.freed.runs) > 0 {
 		img.wb.limbo = append(img.wb.limbo, c.freed)
 	}
-	_ = img.releaseLimbo()
+	_ = img.releaseLimbo() // what could not be released stays; Close meets the error
 	if !img.lazy || img.closing.Load() {
 		_ = a.writeBack() // what could not be written stays dirty; the next cut meets the error
 	}
 }
 
 // releaseLimbo lowers the refcounts of clusters whose drop is durable and that no request uses any more.
-// After an error the rest waits for the next call: only the last one, at Close, has to tell of it.
-// Precondition: the metadata lock.
+// What an error of the host keeps from being released stays for the next time. Precondition: the metadata
+// lock.
 func (img *Image) releaseLimbo() error {
 	w := &img.wb
 	if len(w.limbo) == 0 {
@@ -286,13 +307,13 @@ func (img *Image) releaseLimbo() error {
 	}
 	oldest := img.reqs.oldest()
 	for len(w.limbo) > 0 && w.limbo[0].epoch < oldest {
+		w.lowered = true
 		rest, err := img.m.alloc.release(w.limbo[0].runs)
 		if err != nil {
 			w.limbo[0].runs = rest
-			return fmt.Errorf("free clusters: %w", err)
+			return err
 		}
 		w.limbo = w.limbo[1:]
-		w.lowered = true
 	}
 	return nil
 }
@@ -303,23 +324,38 @@ const maxQuarantine = 64 << 20
 
 // relieve writes back if so many clusters wait to become free that the file would grow for no need.
 func (img *Image) relieve() error {
-	m := img.m
-	m.mu.Lock()
-	n := m.alloc.waiting
-	m.mu.Unlock()
-	if n<<m.clusterBits < maxQuarantine {
+	if img.m.alloc.waiting.Load()<<img.m.clusterBits < maxQuarantine {
 		return nil
 	}
-	return img.flush()
+	err := img.flush()
+	if err == fs.ErrClosed {
+		return nil // Close wrote it back
+	}
+	return err
 }
 
-// reclaim writes back and reports whether that freed any clusters.
-func (img *Image) reclaim() bool {
-	m := img.m
+// reclaim is for who found the host full: it writes back, waits for the requests that may still use what
+// was dropped, and reports whether references were released since the counter released stood at seen. The
+// caller, who read the counter before it searched for space, tries again then. It is no request and holds
+// no clusters, so that two who reclaim do not wait for each other (I4).
+func (img *Image) reclaim(seen uint64) bool {
+	m, w := img.m, &img.wb
 	m.mu.Lock()
-	waiting := len(m.alloc.freed) > 0 || len(img.wb.limbo) > 0
+	held := m.alloc.waiting.Load() > 0 || w.taken > 0 || len(w.limbo) > 0
 	m.mu.Unlock()
-	return waiting && img.flush() == nil
+	if held && img.flush() == nil {
+		m.mu.Lock()
+		var last uint64
+		if n := len(w.limbo); n > 0 {
+			last = w.limbo[n-1].epoch
+		}
+		m.mu.Unlock()
+		img.reqs.waitPast(last)
+		m.mu.Lock()
+		_ = img.releaseLimbo() // what could not be released is not counted
+		m.mu.Unlock()
+	}
+	return m.alloc.released.Load() != seen
 }
 
 // setDirty writes the header's dirty bit. Setting it is durable with the sync that precedes the first

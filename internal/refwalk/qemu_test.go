@@ -106,8 +106,7 @@ func asQEMU(r *Report) verdict {
 type made struct {
 	name    string
 	options string   // of qemu-img create
-	backing string   // options of a backing file of that format, "" for none
-	format  string   // of the backing file
+	format  string   // of the backing file, "" for none
 	before  []string // commands of qemu-io
 	after   []string // commands of qemu-io, after snapshot or bitmap
 	snap    bool

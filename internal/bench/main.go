@@ -1,0 +1,120 @@
+// Command bench compares the library with the file under it and with QEMU, on the same machine in one run:
+//
+//	go run ./internal/bench [-quick] [-dir DIR] [-run REGEXP]
+//
+// It prints a report in Markdown: for each workload and number of goroutines the rate of a raw file through
+// os.File, and the library's and qemu-img's as ratios to it. docs/PERFORMANCE.md holds such a report and says
+// how to read it. Its files go into a directory of its own, which it removes.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"regexp"
+	"time"
+)
+
+// config is what the flags say.
+type config struct {
+	dir       string         // where files go; best a tmpfs
+	size      int64          // of the mapped disks, in bytes
+	allocSize int64          // of the disks that are filled, in bytes
+	rounds    int            // measured rounds per row
+	slice     time.Duration  // length of one measurement
+	filter    *regexp.Regexp // rows to run, by "workload/goroutines"
+	qemu      bool           // whether qemu-img runs too
+}
+
+// parseFlags reads the command line.
+func parseFlags() (config, error) {
+	dir := flag.String("dir", defaultDir(), "directory for the files; the figures are meant for a tmpfs")
+	quick := flag.Bool("quick", false, "a short run, for a look: smaller disks and shorter slices")
+	rounds := flag.Int("rounds", 21, "measured rounds per row, at least 15")
+	run := flag.String("run", "", "only rows that match the regular expression, as in 'random read/2'")
+	qemu := flag.Bool("qemu", true, "run qemu-img too, where it is installed")
+	flag.Parse()
+	filter, err := regexp.Compile(*run)
+	if err != nil {
+		return config{}, err
+	}
+	c := config{dir: *dir, size: 1 << 30, allocSize: 4 << 30, rounds: max(*rounds, 15), slice: 60 * time.Millisecond,
+		filter: filter, qemu: *qemu}
+	if *quick {
+		c.size, c.allocSize, c.rounds, c.slice = 256<<20, 1<<30, 15, 20*time.Millisecond
+	}
+	return c, nil
+}
+
+// defaultDir returns the tmpfs of Linux, or the system's directory for temporary files.
+func defaultDir() string {
+	if fi, err := os.Stat("/dev/shm"); err == nil && fi.IsDir() {
+		return "/dev/shm"
+	}
+	return os.TempDir()
+}
+
+func main() {
+	c, err := parseFlags()
+	if err == nil {
+		err = run(c)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// run makes the files, measures, prints the report and removes the files.
+func run(c config) error {
+	dir, err := os.MkdirTemp(c.dir, "qcow2-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	// An interrupted run leaves no gigabytes in memory either.
+	interrupt := make(chan os.Signal, 1)
+	signal.Notify(interrupt, os.Interrupt)
+	go func() {
+		<-interrupt
+		os.RemoveAll(dir)
+		os.Exit(1)
+	}()
+
+	begin := time.Now()
+	var q *qemu
+	if c.qemu {
+		if q, err = findQEMU(); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: without qemu-img:", err)
+		}
+	}
+	b := &bench{config: c, dir: dir, qemu: q}
+	if err := b.prepare(); err != nil {
+		return err
+	}
+	var rows []row
+	for _, w := range workloads {
+		for _, g := range goroutines {
+			name := fmt.Sprintf("%s/%d", w.name, g)
+			if !c.filter.MatchString(name) {
+				continue
+			}
+			fmt.Fprintln(os.Stderr, name)
+			r, err := b.measure(w, g)
+			if err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			rows = append(rows, r)
+		}
+	}
+	allocs, err := b.allocations()
+	if err != nil {
+		return err
+	}
+	if err := b.judge(); err != nil {
+		return err
+	}
+	printReport(os.Stdout, c, q, rows, allocs, time.Since(begin))
+	return nil
+}

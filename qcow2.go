@@ -226,6 +226,11 @@ func (img *Image) start() error {
 	if img.closed.Load() {
 		return fs.ErrClosed
 	}
+	return img.startLocked()
+}
+
+// startLocked is start for Close, too. Precondition: startMu.
+func (img *Image) startLocked() error {
 	if img.started.Load() {
 		return nil
 	}
@@ -243,12 +248,11 @@ func (img *Image) start() error {
 // bitmaps any more, and their clusters would be leaks.
 func (img *Image) endMarking() error {
 	img.startMu.Lock()
-	begun := img.marking
-	img.startMu.Unlock()
-	if !begun {
+	defer img.startMu.Unlock()
+	if !img.marking {
 		return nil
 	}
-	return img.start()
+	return img.startLocked()
 }
 
 // markBitmaps sets the in_use flag of the bitmaps, in the order of start.

@@ -260,10 +260,10 @@ func faultScenarios() []faultScenario {
 			steps: []faultStep{{'w', 1_000, 10}, {'w', 48_000, 5_000}, {'s', 0, 0}, {'w', 4_000, 200}, {'w', 100_000, 10_000}},
 		},
 		{
-			name: "data file", size: 96<<10 + 512, create: CreateOptions{ClusterSize: 1024, DataFile: "data"}, open: tiny,
+			name: "data file", size: 300<<10 + 512, create: CreateOptions{ClusterSize: 1024, DataFile: "data"}, open: tiny,
 			prepare: []faultStep{{'w', 0, 3000}},
 			steps: []faultStep{
-				{'w', 1_000, 4000}, {'w', 96<<10 + 100, 1}, {'s', 0, 0}, {'w', 50_000, 2000}, {'r', 0, 96 << 10}, {'w', 51_100, 2000}, {'s', 0, 0},
+				{'w', 1_000, 4000}, {'s', 0, 0}, {'w', 140_000, 2000}, {'s', 0, 0}, {'w', 50_000, 2000}, {'r', 0, 300 << 10}, {'w', 300<<10 + 100, 1}, {'w', 51_100, 2000}, {'s', 0, 0},
 				{'w', 500, 20},
 			},
 		},

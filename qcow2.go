@@ -220,17 +220,17 @@ func (img *Image) writable() error {
 // the last step leaves bitmaps that nobody vouches for, whose clusters are leaks; after it, bitmaps that
 // say themselves that they are stale. Guest data is not written before the end.
 func (img *Image) start() error {
+	img.startMu.Lock()
+	defer img.startMu.Unlock()
 	defer img.reqs.leave(img.reqs.enter()) // Close waits for it
 	if img.closed.Load() {
 		return fs.ErrClosed
 	}
-	return img.markOnce()
+	return img.startLocked()
 }
 
-// markOnce is start without the look at whether the image is closed.
-func (img *Image) markOnce() error {
-	img.startMu.Lock()
-	defer img.startMu.Unlock()
+// startLocked is start for Close, too. Precondition: startMu.
+func (img *Image) startLocked() error {
 	if img.started.Load() {
 		return nil
 	}
@@ -248,12 +248,11 @@ func (img *Image) markOnce() error {
 // bitmaps any more, and their clusters would be leaks.
 func (img *Image) endMarking() error {
 	img.startMu.Lock()
-	begun := img.marking
-	img.startMu.Unlock()
-	if !begun {
+	defer img.startMu.Unlock()
+	if !img.marking {
 		return nil
 	}
-	return img.markOnce()
+	return img.startLocked()
 }
 
 // markBitmaps sets the in_use flag of the bitmaps, in the order of start.

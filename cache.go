@@ -105,6 +105,17 @@ func (c *tableCache) lookup(key sliceKey) *l2Slice {
 // get returns the slice of n bytes at host offset off of h, reading it on a miss. Nothing is locked
 // during the read; a second request for the same slice waits for the first.
 func (c *tableCache) get(key sliceKey, h *hostFile, off, n uint64) (*l2Slice, error) {
+	return c.load(key, h, off, n, true)
+}
+
+// view is get for who only reads: where there is no room, it returns a slice that is not cached, rather
+// than errCacheFull. Until it is read nobody else loads the slice, so nobody changes or writes it.
+func (c *tableCache) view(key sliceKey, h *hostFile, off, n uint64) (*l2Slice, error) {
+	return c.load(key, h, off, n, false)
+}
+
+// load is get, or view without needRoom.
+func (c *tableCache) load(key sliceKey, h *hostFile, off, n uint64, needRoom bool) (*l2Slice, error) {
 	if s := c.lookup(key); s != nil {
 		return s, nil
 	}
@@ -118,7 +129,7 @@ func (c *tableCache) get(key sliceKey, h *hostFile, off, n uint64) (*l2Slice, er
 		<-l.done
 		return l.s, l.err
 	}
-	if c.victimLocked(key) == nil {
+	if needRoom && c.victimLocked(key) == nil {
 		c.mu.Unlock()
 		return nil, errCacheFull
 	}

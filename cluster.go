@@ -61,18 +61,9 @@ func (m *mapper) sliceAt(l2Off, guestOff uint64) (sliceOff, index uint64) {
 	return l2Off + pos>>m.sliceBits<<m.sliceBits, pos & (1<<m.sliceBits - 1) >> m.l2EntryBits
 }
 
-// slice returns the L2 slice at host offset off, for reading. Where the cache has no room (errCacheFull),
-// a slice that is not cached.
+// slice returns the L2 slice at host offset off, for reading.
 func (m *mapper) slice(off uint64) (*l2Slice, error) {
-	key := makeSliceKey(m.id, off)
-	if s := m.cache.lookup(key); s != nil {
-		return s, nil
-	}
-	s, err := m.cache.get(key, m.h, off, 1<<m.sliceBits)
-	if err == errCacheFull {
-		// What the cache does not hold has no changes that only the cache knows.
-		s, err = readSlice(key, m.h, off, 1<<m.sliceBits)
-	}
+	s, err := m.cache.view(makeSliceKey(m.id, off), m.h, off, 1<<m.sliceBits)
 	if err != nil {
 		return nil, fmt.Errorf("L2 table: %w", err)
 	}

@@ -42,10 +42,11 @@ func (img *Image) readCompressed(p []byte, guestOff uint64, x extent) error {
 }
 
 // decodeCache keeps the last unpacked clusters of an image. A cluster is found by guest cluster index and
-// L2 word together. The word alone would not do: once the cluster is replaced and its place reused, the
-// same word may name other content; so a cluster is dropped when its entry changes, and nobody can add it
-// afterwards from the old content, because who read that is a request during which the place is not reused
-// (I4).
+// L2 word together. That alone would not do: once the cluster is replaced and its place reused, the same
+// word may name other content; so a cluster is dropped just before it is mapped to a compressed place.
+// Nobody adds the place's earlier content after that, because who read that is a request during which the
+// place is not reused (I4). To drop it when it loses its entry saves memory, and would not suffice: a
+// request that read the old content may add it later.
 type decodeCache struct {
 	mu      sync.Mutex
 	entries [decodeEntries]decodedCluster
@@ -165,12 +166,13 @@ func (img *Image) writePacked(part []byte, off uint64, packed []byte) error {
 	if err != nil {
 		return err
 	}
-	for reclaimed := false; ok; reclaimed = true {
+	for ok {
+		seen := m.alloc.released.Load()
 		err := img.linkPacked(packed[:n], off)
 		if err == errNotPackable {
 			break
 		}
-		if isNoSpace(err) && !reclaimed && img.reclaim() {
+		if isNoSpace(err) && img.reclaim(seen) {
 			continue
 		}
 		return err
@@ -205,6 +207,7 @@ func (img *Image) linkPacked(payload []byte, off uint64) error {
 	err = m.h.write(useData, payload, hostOff)
 	if err == nil {
 		err = m.update(off, img.flush, func(words []uint64, i uint64) {
+			img.decoded.drop(off >> m.clusterBits) // see decodeCache
 			m.setEntry(words, i, e)
 			img.dropReferences(entries, off)
 		})

@@ -91,48 +91,68 @@ func createHeader(size int64, o *CreateOptions) (*header, error) {
 
 // create lays an image out in s and opens it. It closes s after an error if the chain owns it.
 func create(s Storage, size int64, o *CreateOptions, c *chain) (*Image, error) {
-	err := createIn(s, size, o)
-	if err != nil {
-		if c.ownsTop {
-			err = errors.Join(err, s.Close())
-		} else {
-			err = errors.Join(err, s.Unlock())
+	unlock, err := createIn(s, size, o)
+	if err == nil {
+		var img *Image
+		if img, err = open(s, *o.Open, c); err == nil {
+			return img, nil
 		}
-		return nil, fmt.Errorf("qcow2: create %s: %w", o.Open.Name, err)
+		return nil, errors.Join(err, unlock())
 	}
-	return open(s, *o.Open, c)
+	if c.ownsTop {
+		err = errors.Join(err, s.Close())
+	} else {
+		err = errors.Join(err, s.Unlock())
+	}
+	return nil, fmt.Errorf("qcow2: create %s: %w", o.Open.Name, err)
 }
 
-// createIn lays an image out in s and makes it durable.
-func createIn(s Storage, size int64, o *CreateOptions) error {
+// createIn lays an image out in s and makes it durable. The lock of a data file that is the caller's stays held,
+// for the open that follows; unlock gives it back. After an error it has been given back.
+func createIn(s Storage, size int64, o *CreateOptions) (unlock func() error, err error) {
+	unlock = func() error { return nil }
 	h, err := createHeader(size, o)
 	if err != nil {
-		return err
+		return unlock, err
+	}
+	l, err := planLayout(h)
+	if err != nil {
+		return unlock, err
 	}
 	if _, err := lockStorage(s, lockRole(LockReader, LockWriter, *o.Open), o.Open.Lock); err != nil {
-		return err
+		return unlock, err
 	}
 	if err := checkEmpty(s, o); err != nil {
-		return err
+		return unlock, err
 	}
-	var data Storage
-	if h.hasDataFile() {
-		var release func() error
-		if data, release, err = takeData(o); err != nil {
-			return fmt.Errorf("data file: %w", err)
+	if !h.hasDataFile() {
+		l.h, err = unmake(s, o.Open.NoSync)
+		if err != nil {
+			return unlock, err
 		}
-		defer release()
+		return unlock, l.write(h)
 	}
-	host, err := unmake(s, o.Open.NoSync)
+	data, owned, err := takeData(o)
 	if err != nil {
-		return err
+		return unlock, fmt.Errorf("data file: %w", err)
 	}
-	if data != nil {
-		if err := emptyData(data, h, o.Open.NoSync); err != nil {
-			return fmt.Errorf("data file: %w", err)
+	giveBack := data.Unlock
+	if owned {
+		giveBack = data.Close
+	} else {
+		unlock = giveBack
+	}
+	if l.h, err = unmake(s, o.Open.NoSync); err == nil {
+		if err = emptyData(data, h, o.Open.NoSync); err != nil {
+			err = fmt.Errorf("data file: %w", err)
+		} else {
+			err = l.write(h)
 		}
 	}
-	return layOut(host, h)
+	if err != nil || owned {
+		err = errors.Join(err, giveBack())
+	}
+	return unlock, err
 }
 
 // unmake makes of s what is no image, durably, if it holds anything, and empties it if that can be. The first
@@ -169,27 +189,27 @@ func checkEmpty(s Storage, o *CreateOptions) error {
 	return err
 }
 
-// takeData returns the storage of the external data file, locked and checked but untouched, and how to give it
-// back.
-func takeData(o *CreateOptions) (Storage, func() error, error) {
-	s := o.Open.DataFile
-	release := func() error { return nil } // the open that follows takes the lock over
-	if s == nil {
-		var err error
+// takeData returns the storage of the external data file, locked and checked but untouched, and whether the
+// library is to close it.
+func takeData(o *CreateOptions) (s Storage, owned bool, err error) {
+	if s = o.Open.DataFile; s == nil {
+		owned = true
 		s, err = o.Open.Resolver.Resolve(FileRef{Image: o.Open.Name, Name: o.DataFile, Format: "raw", Kind: KindData, Writable: true})
 		if err != nil {
-			return nil, nil, err
+			return nil, false, err
 		}
-		release = s.Close
 	}
-	_, err := lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock)
+	_, err = lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock)
 	if err == nil {
 		if err = checkEmpty(s, o); err == nil {
-			return s, release, nil
+			return s, owned, nil
 		}
 		err = errors.Join(err, s.Unlock())
 	}
-	return nil, nil, errors.Join(err, release())
+	if owned {
+		err = errors.Join(err, s.Close())
+	}
+	return nil, false, err
 }
 
 // emptyData makes the external data file in s an empty disk, durably. No image names it any more.
@@ -214,71 +234,75 @@ func emptyData(s Storage, h *header, noSync bool) error {
 	return data.sync()
 }
 
-// layOut writes a new image to host, which was unmade: header, refcount table, refcount blocks, L1 table and,
-// for a raw data file, L2 tables that map all of it, so that who writes to the data file alone is seen through
-// the image too.
+// layout is where the parts of a new image stand, as host cluster indexes, in this order: header, refcount
+// table, refcount blocks, L1 table and, for a raw data file, L2 tables that map all of it, so that who writes to
+// the data file alone is seen through the image too.
+type layout struct {
+	g                          geometry
+	h                          *hostFile // set before write
+	rc                         refcountSize
+	table, blocks, l1, l2, end uint64
+	l1Entries, l2Tables        uint64
+}
+
+// planLayout finds the places for an image with header h, and names them in it.
+func planLayout(h *header) (*layout, error) {
+	g := h.geometry()
+	l := &layout{g: g, table: 1, l1Entries: g.l1Entries(h.virtualSize())}
+	l1Clusters := g.clusters(8 * l.l1Entries)
+	if h.rawData() {
+		l.l2Tables = l.l1Entries
+	}
+	var err error
+	if l.rc, err = g.sizeRefcounts(0, 1+l1Clusters+l.l2Tables, false); err != nil {
+		return nil, err
+	}
+	l.blocks = l.table + l.rc.tableClusters
+	l.l1 = l.blocks + l.rc.blocks
+	l.l2 = l.l1 + l1Clusters
+	l.end = l.l2 + l.l2Tables
+	h.refTableOff, h.refTableClusters = l.table<<g.clusterBits, uint32(l.rc.tableClusters)
+	h.l1Size = uint32(l.l1Entries)
+	if l.l1Entries > 0 {
+		h.l1Off = l.l1 << g.clusterBits
+	}
+	return l, nil
+}
+
+// write writes the new image to l.h, which was unmade.
 //
 // Order: the tables, and what the header has behind its first sector, sync; the first sector, which makes it an
 // image, sync. A crash before the last step leaves no image.
-func layOut(host *hostFile, h *header) error {
-	g := h.geometry()
-	l1Entries := g.l1Entries(h.virtualSize())
-	l1Clusters := g.clusters(8 * l1Entries)
-	l2Tables := uint64(0)
-	if h.rawData() {
-		l2Tables = l1Entries
-	}
-	rc, err := g.sizeRefcounts(0, 1+l1Clusters+l2Tables, false)
-	if err != nil {
-		return err
-	}
-	l := layout{g: g, h: host, table: 1, rc: rc}
-	l.blocks = l.table + rc.tableClusters
-	l.l1 = l.blocks + rc.blocks
-	l.l2 = l.l1 + l1Clusters
-	l.end = l.l2 + l2Tables
-	if err := l.writeRefcounts(); err != nil {
-		return err
-	}
-	if err := l.writeL1(l1Entries, l2Tables > 0); err != nil {
-		return err
-	}
-	for i := range l2Tables {
-		if err := l.writeIdentityL2(i, h.virtualSize()); err != nil {
-			return err
-		}
-	}
-	h.refTableOff, h.refTableClusters = l.table<<g.clusterBits, uint32(rc.tableClusters)
-	h.l1Size = uint32(l1Entries)
-	if l1Entries > 0 {
-		h.l1Off = l.l1 << g.clusterBits
-	}
+func (l *layout) write(h *header) error {
 	b, err := h.encode()
 	if err != nil {
 		return err
 	}
-	first := make([]byte, g.clusterSize)
+	first := make([]byte, l.g.clusterSize)
 	copy(first, b)
-	if g.clusterSize > sectorSize {
-		if err := host.write(useHeader, first[sectorSize:], sectorSize); err != nil {
+	if err := l.writeRefcounts(); err != nil {
+		return err
+	}
+	if err := l.writeL1(); err != nil {
+		return err
+	}
+	for i := range l.l2Tables {
+		if err := l.writeIdentityL2(i, h.virtualSize()); err != nil {
 			return err
 		}
 	}
-	if err := host.sync(); err != nil {
+	if l.g.clusterSize > sectorSize {
+		if err := l.h.write(useHeader, first[sectorSize:], sectorSize); err != nil {
+			return err
+		}
+	}
+	if err := l.h.sync(); err != nil {
 		return err
 	}
-	if err := host.write(useHeader, first[:sectorSize], 0); err != nil {
+	if err := l.h.write(useHeader, first[:sectorSize], 0); err != nil {
 		return err
 	}
-	return host.sync()
-}
-
-// layout is where the parts of a new image stand, as host cluster indexes.
-type layout struct {
-	g                          geometry
-	h                          *hostFile
-	rc                         refcountSize
-	table, blocks, l1, l2, end uint64
+	return l.h.sync()
 }
 
 // writeRefcounts writes the refcount table and the blocks: every cluster before end has one reference.
@@ -305,17 +329,15 @@ func (l *layout) writeRefcounts() error {
 	return nil
 }
 
-// writeL1 writes the L1 table of n entries, all zero, or each with its L2 table behind it.
-func (l *layout) writeL1(n uint64, mapped bool) error {
-	if !mapped && l.h.readsZero(l.l1<<l.g.clusterBits) {
+// writeL1 writes the L1 table, whose entries are zero, or have their L2 tables behind it.
+func (l *layout) writeL1() error {
+	if l.l2Tables == 0 && l.h.readsZero(l.l1<<l.g.clusterBits) {
 		// The table is there by the file's size.
 		return l.h.s.Truncate(int64(l.end << l.g.clusterBits))
 	}
-	t := newTable(n)
-	if mapped {
-		for i := range n {
-			t.store(i, (l.l2+i)<<l.g.clusterBits|flagCopied)
-		}
+	t := newTable(l.l1Entries)
+	for i := range l.l2Tables {
+		t.store(i, (l.l2+i)<<l.g.clusterBits|flagCopied)
 	}
 	buf := make([]byte, l.g.clusterSize)
 	for ci := l.l1; ci < l.l2; ci++ {

@@ -205,21 +205,27 @@ type interopOp struct {
 	pattern int // of opWrite and opCompressed
 }
 
-// Patterns are what is written: every write repeats one from its start. Their period is a prime, so that no
-// offset looks like another nearby; no two patterns share a byte, and no byte is zero. They shrink.
+// Patterns are what is written: every write repeats one from its start. The periods are primes, so that no
+// offset looks like another nearby; no two patterns share a byte, and no byte is zero. They shrink: the plain
+// ones to next to nothing, the noisy ones, whose numbers are higher by noisyPattern, to about one half, so
+// that compressed clusters of less than 2 MiB straddle host clusters.
 const (
 	interopPatterns = 15
-	interopPeriod   = 1009
+	noisyPattern    = 100
 )
 
 // interopPattern returns one period of a pattern.
 func interopPattern(pattern int) []byte {
-	p := make([]byte, interopPeriod)
+	period, run := 1009, 4
+	if pattern >= noisyPattern {
+		period, run = 70001, 1
+	}
+	p := make([]byte, period)
 	x := uint32(pattern)*2654435761 + 12345
-	for i := 0; i < len(p); i += 4 {
+	for i := 0; i < len(p); i += run {
 		x = x*1664525 + 1013904223
-		for j := i; j < min(i+4, len(p)); j++ {
-			p[j] = byte(1 + 16*pattern + int(x>>28))
+		for j := i; j < min(i+run, len(p)); j++ {
+			p[j] = byte(1 + 16*(pattern%noisyPattern) + int(x>>28))
 		}
 	}
 	return p
@@ -227,8 +233,8 @@ func interopPattern(pattern int) []byte {
 
 // content returns the bytes that the operation writes.
 func (o interopOp) content() []byte {
-	n := int(o.n)
-	return bytes.Repeat(interopPattern(o.pattern), n/interopPeriod+1)[:n]
+	p := interopPattern(o.pattern)
+	return bytes.Repeat(p, int(o.n)/len(p)+1)[:o.n]
 }
 
 // interopUnit is what a subcluster, or without extended L2 a cluster, is expected to be.

@@ -56,8 +56,10 @@ func newInteropEnv(t *testing.T, cases []interopCase) *interopEnv {
 	t.Helper()
 	e := &interopEnv{dir: t.TempDir(), backing: make(map[string]interopBacking)}
 	for i := range interopPatterns {
-		if err := os.WriteFile(e.patternFile(i), interopPattern(i), 0o600); err != nil {
-			t.Fatal(err)
+		for _, i := range []int{i, i + noisyPattern} {
+			if err := os.WriteFile(e.patternFile(i), interopPattern(i), 0o600); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	for _, c := range cases {
@@ -202,6 +204,12 @@ func (r *interopRun) fromUs() {
 	img := r.createByUs()
 	r.write(img, r.baseOps())
 	r.close(img)
+	if r.dataPath != "" {
+		// QEMU may pad a data file, we do not.
+		if fi, err := os.Stat(r.dataPath); err != nil || fi.Size() != int64(len(r.m.data)) {
+			r.Errorf("data file: %v, or not %d bytes long: %v", err, len(r.m.data), fi)
+		}
+	}
 	r.expectInfo()
 	r.takeSnapshot(1)
 	r.byQEMU(append(r.markOps(), r.betweenOps()...))
@@ -215,7 +223,11 @@ func (r *interopRun) fromUs() {
 // nextPattern returns the pattern of the next write. The last one is the backing files'.
 func (r *interopRun) nextPattern() int {
 	r.pattern++
-	return r.pattern % (interopPatterns - 1)
+	p := r.pattern % (interopPatterns - 1)
+	if r.clusterSize < 2<<20 {
+		p += noisyPattern
+	}
+	return p
 }
 
 // part returns an odd range in the middle of a slot.
@@ -247,6 +259,21 @@ func (r *interopRun) baseOps() []interopOp {
 		}
 		ops = append(ops, o)
 	}
+	return compressedLast(ops)
+}
+
+// compressedLast moves compressed writes to the end, where nothing else takes the host clusters behind a
+// payload, so that the next one may straddle two of them.
+func compressedLast(ops []interopOp) []interopOp {
+	slices.SortStableFunc(ops, func(a, b interopOp) int {
+		switch {
+		case a.kind != opCompressed && b.kind == opCompressed:
+			return -1
+		case a.kind == opCompressed && b.kind != opCompressed:
+			return 1
+		}
+		return 0
+	})
 	return ops
 }
 
@@ -304,7 +331,7 @@ func (r *interopRun) overOps() []interopOp {
 			ops = append(ops, interopOp{kind: opWrite, off: s.off + 6*s.n + 7, n: 5 * s.n, pattern: r.nextPattern()})
 		}
 	}
-	return ops
+	return compressedLast(ops)
 }
 
 // createByQEMU makes the image with qemu-img create.

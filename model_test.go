@@ -703,7 +703,7 @@ func runConfig(t *testing.T, c workloadConfig, seed uint64, nOps int) modelStats
 
 // qemuJudge has qemu-img check the image, where it is installed.
 func qemuJudge(t *testing.T, path string) error {
-	if !haveQemu() {
+	if !lookQemu() {
 		return nil
 	}
 	if r := qemutest.Check(t, path); !r.Clean() {
@@ -712,12 +712,7 @@ func qemuJudge(t *testing.T, path string) error {
 	return nil
 }
 
-// haveQemu reports whether qemu-img is there to judge; where it is required, its absence fails later.
-func haveQemu() bool {
-	return lookQemu()
-}
-
-// lookQemu looks for qemu-img once.
+// lookQemu reports whether qemu-img is there to judge, or must be, so that its absence is a failure.
 var lookQemu = sync.OnceValue(func() bool {
 	if os.Getenv("QCOW2_REQUIRE_QEMU") == "1" {
 		return true
@@ -806,7 +801,8 @@ func checkShares(t *testing.T, c workloadConfig, s modelStats) {
 	}
 }
 
-// modelShare accepts shares a little below what is asked for of long runs: a short run varies.
+// modelShare is the number of operations of a configuration from which on their shares are checked; those
+// of fewer vary too much.
 const modelShare = 1000
 
 // runModels runs the configurations on all processors and returns the sums.

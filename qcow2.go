@@ -34,6 +34,7 @@ type Image struct {
 
 	startMu sync.Mutex
 	started atomic.Bool  // bitmaps are marked; set once, under startMu
+	marking bool         // marking the bitmaps has begun, and may have taken them from the header; guarded by startMu
 	bitmaps []bitmapMark // what there is to mark
 
 	closed  atomic.Bool
@@ -219,18 +220,40 @@ func (img *Image) writable() error {
 // the last step leaves bitmaps that nobody vouches for, whose clusters are leaks; after it, bitmaps that
 // say themselves that they are stale. Guest data is not written before the end.
 func (img *Image) start() error {
+	defer img.reqs.leave(img.reqs.enter()) // Close waits for it
+	if img.closed.Load() {
+		return fs.ErrClosed
+	}
+	return img.markOnce()
+}
+
+// markOnce is start without the look at whether the image is closed.
+func (img *Image) markOnce() error {
 	img.startMu.Lock()
 	defer img.startMu.Unlock()
 	if img.started.Load() {
 		return nil
 	}
 	if len(img.bitmaps) > 0 {
+		img.marking = true
 		if err := img.markBitmaps(); err != nil {
 			return fmt.Errorf("mark bitmaps: %w", err)
 		}
 	}
 	img.started.Store(true)
 	return nil
+}
+
+// endMarking ends what a start that failed began, at the last moment: otherwise nobody would vouch for the
+// bitmaps any more, and their clusters would be leaks.
+func (img *Image) endMarking() error {
+	img.startMu.Lock()
+	begun := img.marking
+	img.startMu.Unlock()
+	if !begun {
+		return nil
+	}
+	return img.markOnce()
 }
 
 // markBitmaps sets the in_use flag of the bitmaps, in the order of start.
@@ -322,11 +345,13 @@ func (img *Image) finish() error {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	a := img.m.alloc
-	img.releaseLimbo()
-	if err := a.writeBack(); err != nil {
+	if err := errors.Join(img.releaseLimbo(), a.writeBack()); err != nil {
 		return err
 	}
 	if err := img.padFile(); err != nil {
+		return err
+	}
+	if err := img.endMarking(); err != nil {
 		return err
 	}
 	if !img.wb.dirty && !img.wb.lowered {

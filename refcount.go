@@ -177,6 +177,8 @@ type allocator struct {
 
 	freed   []clusterRun  // references dropped since the last cut
 	waiting atomic.Uint64 // their number; written under the metadata lock
+
+	released atomic.Uint64 // counts the references that release lowered; written under the metadata lock
 }
 
 // clusterRun is a run of host clusters, or n references to one where that is said.
@@ -550,9 +552,12 @@ func (a *allocator) advancePack(n uint64) uint64 {
 	return off
 }
 
-// undo gives clusters back whose mapping was never made. No request can know them.
+// undo gives clusters back whose mapping was never made. No request can know them. Where the host fails to
+// read their refcounts now, they go the way of dropped clusters, which tries again.
 func (a *allocator) undo(r clusterRun) {
-	_, _ = a.add(r, -1) // a leak at worst
+	if n, err := a.add(r, -1); err != nil {
+		a.free(clusterRun{first: r.first + n, n: r.n - n})
+	}
 }
 
 // free drops one reference of each cluster of r. The references are counted until the cut that holds the
@@ -577,6 +582,7 @@ func (a *allocator) release(runs []clusterRun) ([]clusterRun, error) {
 	for i, r := range runs {
 		for r.n > 0 {
 			n, err := a.add(r, -1)
+			a.released.Add(n)
 			r.first, r.n = r.first+n, r.n-n
 			var corrupt *CorruptError
 			switch {

@@ -192,6 +192,18 @@ func (r *requests) oldest() uint64 {
 	return oldest
 }
 
+// waitPast waits until no request is registered in the given epoch or an earlier one. The caller is not
+// registered.
+func (r *requests) waitPast(epoch uint64) {
+	r.mu.Lock()
+	r.waiters.Add(1)
+	for r.oldest() <= epoch {
+		r.cond.Wait()
+	}
+	r.waiters.Add(-1)
+	r.mu.Unlock()
+}
+
 // drain waits until no request is registered and no range held. The caller keeps new ones out.
 func (r *requests) drain() {
 	r.mu.Lock()

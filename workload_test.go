@@ -370,8 +370,8 @@ func newGenerator(c workloadConfig, seed uint64) *generator {
 	return &generator{c: c, rng: rand.New(rand.NewPCG(seed, 2)), hot: c.hot(), size: c.size()}
 }
 
-// generateOps returns n operations: 10 % or more WriteCompressed, 5 % Sync, 1 % reopen, 20 % reads, the rest
-// writes. The first ones reach into every L2 table.
+// generateOps returns n operations: about 34 % WriteCompressed and as many writes, 20 % reads and questions
+// for extents, 7 % Sync, 3 % reopen; with a data file writes only. The first ones reach into every L2 table.
 func generateOps(c workloadConfig, seed uint64, n int) []op {
 	g := newGenerator(c, seed)
 	ops := make([]op, n)

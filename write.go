@@ -8,8 +8,8 @@ import (
 // write writes p at guestOff. It returns how many bytes were written before an error.
 func (img *Image) write(p []byte, guestOff uint64) (int, error) {
 	done := 0
-	reclaimed := false
 	for done < len(p) {
+		seen := img.m.alloc.released.Load()
 		off := guestOff + uint64(done)
 		n, err := img.writeInPlace(p[done:], off)
 		if n == 0 && err == nil {
@@ -18,8 +18,7 @@ func (img *Image) write(p []byte, guestOff uint64) (int, error) {
 		done += n
 		if err != nil {
 			// A full host may hold space that a write-back would free; nothing is held here (I4).
-			if isNoSpace(err) && !reclaimed && img.reclaim() {
-				reclaimed = true
+			if isNoSpace(err) && img.reclaim(seen) {
 				continue
 			}
 			return done, err
@@ -214,7 +213,7 @@ func (img *Image) takeClusters(guestOff uint64, entries []l2Entry) (run clusterR
 	m := img.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	img.releaseLimbo()
+	_ = img.releaseLimbo() // what could not be released stays; Close meets the error
 	if err := img.checkDisplaced(entries, guestOff); err != nil {
 		return run, false, err
 	}

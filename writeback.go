@@ -42,6 +42,7 @@ type writeback struct {
 
 	// Used by the running cut alone, or under the metadata lock:
 	limbo   []freedCut // dropped references whose drop is durable, and that requests may still use
+	taken   uint64     // number of dropped references in the running cut
 	lowered bool       // refcounts were lowered since the last host sync
 	test    testHooks
 	dirty   bool // the header's dirty bit is set on disk
@@ -137,7 +138,7 @@ func (img *Image) takeCut() (*cut, error) {
 	}
 	a.hooks = nil
 	c.freed.runs, a.freed = a.freed, nil
-	a.waiting.Store(0)
+	img.wb.taken = a.waiting.Swap(0)
 	c.freed.epoch = img.reqs.advance()
 	a.moved = false
 
@@ -270,6 +271,7 @@ func (img *Image) endCut(c *cut, failed error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	a := m.alloc
+	img.wb.taken = 0
 	if failed != nil {
 		m.restoreL1(c.l1)
 		for _, k := range c.hooks {
@@ -289,29 +291,31 @@ func (img *Image) endCut(c *cut, failed error) {
 	if len(c.freed.runs) > 0 {
 		img.wb.limbo = append(img.wb.limbo, c.freed)
 	}
-	img.releaseLimbo()
+	_ = img.releaseLimbo() // what could not be released stays; Close meets the error
 	if !img.lazy || img.closing.Load() {
 		_ = a.writeBack() // what could not be written stays dirty; the next cut meets the error
 	}
 }
 
 // releaseLimbo lowers the refcounts of clusters whose drop is durable and that no request uses any more.
-// Precondition: the metadata lock.
-func (img *Image) releaseLimbo() {
+// What an error of the host keeps from being released stays for the next time. Precondition: the metadata
+// lock.
+func (img *Image) releaseLimbo() error {
 	w := &img.wb
 	if len(w.limbo) == 0 {
-		return
+		return nil
 	}
 	oldest := img.reqs.oldest()
 	for len(w.limbo) > 0 && w.limbo[0].epoch < oldest {
+		w.lowered = true
 		rest, err := img.m.alloc.release(w.limbo[0].runs)
 		if err != nil {
 			w.limbo[0].runs = rest
-			return
+			return err
 		}
 		w.limbo = w.limbo[1:]
-		w.lowered = true
 	}
+	return nil
 }
 
 // maxQuarantine is the number of bytes in dropped clusters that may wait for a write-back before one is
@@ -323,16 +327,35 @@ func (img *Image) relieve() error {
 	if img.m.alloc.waiting.Load()<<img.m.clusterBits < maxQuarantine {
 		return nil
 	}
-	return img.flush()
+	err := img.flush()
+	if err == fs.ErrClosed {
+		return nil // Close wrote it back
+	}
+	return err
 }
 
-// reclaim writes back and reports whether that freed any clusters.
-func (img *Image) reclaim() bool {
-	m := img.m
+// reclaim is for who found the host full: it writes back, waits for the requests that may still use what
+// was dropped, and reports whether references were released since the counter released stood at seen. The
+// caller, who read the counter before it searched for space, tries again then. It is no request and holds
+// no clusters, so that two who reclaim do not wait for each other (I4).
+func (img *Image) reclaim(seen uint64) bool {
+	m, w := img.m, &img.wb
 	m.mu.Lock()
-	waiting := len(m.alloc.freed) > 0 || len(img.wb.limbo) > 0
+	held := m.alloc.waiting.Load() > 0 || w.taken > 0 || len(w.limbo) > 0
 	m.mu.Unlock()
-	return waiting && img.flush() == nil
+	if held && img.flush() == nil {
+		m.mu.Lock()
+		var last uint64
+		if n := len(w.limbo); n > 0 {
+			last = w.limbo[n-1].epoch
+		}
+		m.mu.Unlock()
+		img.reqs.waitPast(last)
+		m.mu.Lock()
+		_ = img.releaseLimbo() // what could not be released is not counted
+		m.mu.Unlock()
+	}
+	return m.alloc.released.Load() != seen
 }
 
 // setDirty writes the header's dirty bit. Setting it is durable with the sync that precedes the first

@@ -37,8 +37,9 @@ type Fault struct {
 	Forever bool
 	// Err is the cause, such as syscall.EIO or syscall.ENOSPC. It must not be nil.
 	Err error
-	// Short makes a failing write write the first half of its data, in whole sectors if it has two at
-	// least, and a failing read fill the first half of its buffer.
+	// Short makes a failing write write the first half of its data, up to the end of a sector of the
+	// file, since no sector tears; none if that is nothing. A failing read fills the first half of its
+	// buffer, cut in the same way.
 	Short bool
 	// After carries the operation out and fails then.
 	After bool
@@ -203,9 +204,10 @@ func (h *hooked) transfer(kind Kind, p []byte, off int64, call func([]byte, int6
 	case v.err == nil:
 		return call(p, off)
 	case v.short:
-		half := len(p) / 2
-		if half >= SectorSize {
-			half -= half % SectorSize
+		half := int64(len(p) / 2)
+		half = max(half-(off+half)%SectorSize, 0)
+		if half == 0 {
+			return 0, v.err
 		}
 		p = p[:half]
 	case !v.after:

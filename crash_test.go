@@ -672,12 +672,12 @@ func crashTable(names []string, totals map[string]*crashTotals) string {
 func runCrashWorkloads(t *testing.T, firstSeed uint64, perWorkload, perRun int) {
 	var names []string
 	totals := make(map[string]*crashTotals)
-	var mu sync.Mutex
 	next := make(chan struct{}, runtime.GOMAXPROCS(0))
 	var wg sync.WaitGroup
 	for _, w := range crashWorkloads() {
 		names = append(names, w.name)
-		totals[w.name] = &crashTotals{}
+		total := &crashTotals{}
+		totals[w.name] = total
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
@@ -696,9 +696,7 @@ func runCrashWorkloads(t *testing.T, firstSeed uint64, perWorkload, perRun int) 
 					return
 				}
 				done += stats.Distinct
-				mu.Lock()
-				totals[w.name].add(stats)
-				mu.Unlock()
+				total.add(stats)
 			}
 		}()
 	}

@@ -471,11 +471,13 @@ func (l *crashLook) goOn(image, data *crashtest.Disk, rep *refwalk.Report, index
 	l.readIndependently(image, data, bad)
 }
 
-// crashTotals counts what was looked at.
+// crashTotals counts what was looked at: beside the states, the runs, the states that hold an image, have the
+// dirty bit, were opened for writing and written, were judged by QEMU; the writes that failed on a full host,
+// and the moves of refcount tables.
 type crashTotals struct {
 	crashtest.Stats
-	Runs, Images, Dirty, Rewrites, Judged, Refused int
-	Found                                          map[string]int // findings by invariant
+	Runs, Images, Dirty, Rewrites, Judged, Refused, Moves int
+	Found                                                 map[string]int // findings by invariant
 }
 
 // add adds other counts.
@@ -483,6 +485,7 @@ func (t *crashTotals) add(o *crashTotals) {
 	t.Stats.Add(o.Stats)
 	t.Runs, t.Images, t.Dirty = t.Runs+o.Runs, t.Images+o.Images, t.Dirty+o.Dirty
 	t.Rewrites, t.Judged, t.Refused = t.Rewrites+o.Rewrites, t.Judged+o.Judged, t.Refused+o.Refused
+	t.Moves += o.Moves
 	if t.Found == nil {
 		t.Found = make(map[string]int)
 	}
@@ -498,6 +501,10 @@ type crashBudget struct {
 	judge    *crashJudge // nil: QEMU is not asked
 	stopWith string      // end with the first finding of this invariant
 }
+
+// refTablePointer is the host offset of the header's pointer to the refcount table, which a move writes. qcow2
+// spec, "Header".
+const refTablePointer = 48
 
 // errCrashStop ends a generation with the first finding.
 var errCrashStop = errors.New("finding")
@@ -538,6 +545,11 @@ func runCrash(c *crashConfig, budget crashBudget) (*crashTotals, *crashFailure, 
 		opts.PerPoint = max(opts.PerPoint, budget.states/(len(log)+1)+2)
 	}
 	t := &crashTotals{Runs: 1, Found: make(map[string]int)}
+	for _, e := range log {
+		if e.File == "image" && e.Kind == crashtest.Write && e.Off == refTablePointer {
+			t.Moves++
+		}
+	}
 	var failure *crashFailure
 	t.Stats, err = r.rec.States(rand.New(rand.NewPCG(c.seed, 4)), opts, func(s *crashtest.State) error {
 		findings := l.state(s)
@@ -638,12 +650,12 @@ func (f *crashFailure) report(t *testing.T) {
 // crashTable formats the counts of the workloads.
 func crashTable(names []string, totals map[string]*crashTotals) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%-12s %6s %8s %8s %9s %8s %8s %8s %8s %7s %7s\n", "workload", "runs", "points", "states", "reordered", "torn", "images",
-		"dirty", "written", "judged", "refused")
+	fmt.Fprintf(&b, "%-12s %6s %8s %8s %9s %8s %8s %8s %8s %7s %7s %6s\n", "workload", "runs", "points", "states", "reordered", "torn", "images",
+		"dirty", "written", "judged", "refused", "moves")
 	sum := &crashTotals{}
 	line := func(name string, t *crashTotals) {
-		fmt.Fprintf(&b, "%-12s %6d %8d %8d %9d %8d %8d %8d %8d %7d %7d\n", name, t.Runs, t.Points, t.Distinct, t.Reordered, t.Torn, t.Images,
-			t.Dirty, t.Rewrites, t.Judged, t.Refused)
+		fmt.Fprintf(&b, "%-12s %6d %8d %8d %9d %8d %8d %8d %8d %7d %7d %6d\n", name, t.Runs, t.Points, t.Distinct, t.Reordered, t.Torn, t.Images,
+			t.Dirty, t.Rewrites, t.Judged, t.Refused, t.Moves)
 	}
 	for _, name := range names {
 		if t := totals[name]; t != nil {
@@ -700,6 +712,9 @@ func runCrashWorkloads(t *testing.T, firstSeed uint64, perWorkload, perRun int) 
 		}
 		if s := totals[name]; name == "full" && !t.Failed() && s.Refused == 0 {
 			t.Errorf("%s: the host never lacked space", name)
+		}
+		if s := totals[name]; name == "growth" && !t.Failed() && s.Moves == 0 {
+			t.Errorf("%s: the refcount table never moved", name)
 		}
 		if s := totals[name]; judged && !t.Failed() && 100*s.Judged < s.Images {
 			t.Errorf("%s: QEMU judged only %d of %d states", name, s.Judged, s.Images)

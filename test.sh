@@ -100,6 +100,10 @@ vet() {
 	done
 }
 
+# oldest compiles everything, tests too, with the oldest Go that go.mod allows: a newer one does not notice what
+# the older standard library lacks.
+oldest() { GOTOOLCHAIN=go1.24.0 both go vet ./...; }
+
 lint() { both go run "$staticcheck" ./...; }
 
 fuzz() {
@@ -129,6 +133,11 @@ unit() { go test -count=1 -v -timeout 8m ./... 2>&1 | awk '!/^=== / && !/^ +--- 
 step tools tools
 step gofmt formatted
 step vet vet
+if GOTOOLCHAIN=go1.24.0 go version >/dev/null; then
+	step "go 1.24" oldest
+else
+	skip "go 1.24" "its toolchain cannot be had here"
+fi
 step staticcheck lint
 step fuzz fuzz
 if have gcc || [[ $(go env GOOS) == darwin ]]; then

@@ -25,25 +25,43 @@ type bench struct {
 
 // contender is one way to keep a disk in a file.
 type contender struct {
-	name   string
-	open   func(path string) (disk, error)
-	create func(path string, size int64) (disk, error)
+	name       string
+	openFile   func(path string) (disk, error)
+	createFile func(path string, size int64) (disk, error)
+}
+
+// create makes a new disk of size bytes.
+func (c contender) create(path string, size int64) (disk, error) { return c.createFile(path, size) }
+
+// openWarm opens a disk of size bytes and reads from every 4 KiB of its L2 tables, so that they are cached.
+func (c contender) openWarm(path string, size int64) (disk, error) {
+	d, err := c.openFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var p [512]byte
+	for off := int64(0); off < size; off += 512 * clusterSize {
+		if _, err := d.ReadAt(p[:], off); err != nil {
+			return nil, errors.Join(err, d.Close())
+		}
+	}
+	return d, nil
 }
 
 // ours is the library.
 var ours = contender{
 	name: "ours",
-	open: func(path string) (disk, error) {
+	openFile: func(path string) (disk, error) {
 		return qcow2.Open(path, &qcow2.OpenOptions{ReadWrite: true})
 	},
-	create: func(path string, size int64) (disk, error) { return qcow2.Create(path, size, nil) },
+	createFile: func(path string, size int64) (disk, error) { return qcow2.Create(path, size, nil) },
 }
 
 // rawFile is a file without a format.
 var rawFile = contender{
-	name: "raw",
-	open: func(path string) (disk, error) { return os.OpenFile(path, os.O_RDWR, 0) },
-	create: func(path string, size int64) (disk, error) {
+	name:     "raw",
+	openFile: func(path string) (disk, error) { return os.OpenFile(path, os.O_RDWR, 0) },
+	createFile: func(path string, size int64) (disk, error) {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
 			return nil, err
@@ -88,7 +106,7 @@ func (b *bench) prepare() error {
 
 // verify looks at a mapped disk in some places.
 func (b *bench) verify(c contender, path string) error {
-	d, err := c.open(path)
+	d, err := c.openFile(path)
 	if err != nil {
 		return err
 	}
@@ -132,22 +150,18 @@ func (b *bench) measure(w workload, workers int) (row, error) {
 	for round := range b.rounds {
 		// Nobody pays for the garbage of another.
 		runtime.GC()
-		pair := b.mappedPair
-		if w.alloc {
-			pair = b.freshPair
-		}
-		oursRate, rawRate, err := pair(w, workers, round)
+		image, raw, err := b.pair(w, workers, round)
 		if err != nil {
 			return r, err
 		}
-		rawRates = append(rawRates, rawRate*float64(w.n))
-		oursRatios = append(oursRatios, oursRate/rawRate)
+		rawRates = append(rawRates, raw.undisturbed()*float64(w.n))
+		oursRatios = append(oursRatios, image.undisturbed()/raw.undisturbed())
 		if q != nil {
 			v, err := q.run(b)
 			if err != nil {
 				return r, err
 			}
-			qemuRatios = append(qemuRatios, v/rawRate)
+			qemuRatios = append(qemuRatios, v/raw.rate())
 		}
 	}
 	r.rawRate = medianInterval(rawRates).median
@@ -158,85 +172,49 @@ func (b *bench) measure(w workload, workers int) (row, error) {
 	return r, nil
 }
 
-// turns is how often the library and the raw file take turns within a round on mapped disks: what else the
-// machine does then slows both.
-const turns = 6
+// turns is how often the library and the raw file take turns within a round: slices of few milliseconds, of
+// which many get through between two interruptions by whatever else the machine does.
+const turns = 24
 
-// first reports whether the library is to begin the given turn or round: in the order A B B A A B B A, so that
-// neither gains by a drift.
-func first(i int) bool { return i%2 == 0 }
-
-// mappedPair measures the library and the raw file on the mapped disks, and returns their rates in requests
-// per second. Opening and closing are not measured, and the caches are warm.
-func (b *bench) mappedPair(w workload, workers, round int) (oursRate, rawRate float64, err error) {
-	image, err := ours.open(b.image)
+// pair measures the library and the raw file in one round. Opening, creating and closing are not measured.
+func (b *bench) pair(w workload, workers, round int) (image, raw tally, err error) {
+	imagePath, rawPath, open, size := b.image, b.raw, contender.openWarm, b.size
+	if w.alloc {
+		imagePath, rawPath = filepath.Join(b.dir, "fresh.qcow2"), filepath.Join(b.dir, "fresh.raw")
+		open, size = contender.create, b.allocSize
+		defer os.Remove(imagePath)
+		defer os.Remove(rawPath)
+	}
+	imageDisk, err := open(ours, imagePath, size)
 	if err != nil {
-		return 0, 0, err
+		return image, raw, err
 	}
-	defer image.Close()
-	raw, err := rawFile.open(b.raw)
+	defer func() { err = errors.Join(err, imageDisk.Close()) }()
+	rawDisk, err := open(rawFile, rawPath, size)
 	if err != nil {
-		return 0, 0, err
+		return image, raw, err
 	}
-	defer raw.Close()
-	// One read from every L2 slice fills the cache.
-	var p [512]byte
-	for off := int64(0); off < b.size; off += 512 * clusterSize {
-		if _, err := image.ReadAt(p[:], off); err != nil {
-			return 0, 0, err
-		}
-	}
-	var oursTotal, rawTotal tally
-	slice := b.slice / turns
+	defer rawDisk.Close()
+	j := newJob(w, size, workers, b.slice/turns, round)
 	for turn := range turns {
-		seed := uint64(round*turns + turn)
-		if first(round + turn) {
-			oursTotal.add(w.runFor(image, b.size, workers, slice, seed))
-			rawTotal.add(w.runFor(raw, b.size, workers, slice, seed))
+		// In the order A B B A A B B A, so that neither gains by a drift.
+		if (round+turn)%2 == 0 {
+			image.add(j.run(imageDisk, turn))
+			raw.add(j.run(rawDisk, turn))
 		} else {
-			rawTotal.add(w.runFor(raw, b.size, workers, slice, seed))
-			oursTotal.add(w.runFor(image, b.size, workers, slice, seed))
+			raw.add(j.run(rawDisk, turn))
+			image.add(j.run(imageDisk, turn))
+		}
+		if err := errors.Join(image.err, raw.err); err != nil {
+			return image, raw, err
 		}
 	}
-	return oursTotal.rate(), rawTotal.rate(), errors.Join(oursTotal.err, rawTotal.err)
-}
-
-// freshPair measures the library and the raw file on new disks each, and returns their rates in requests per
-// second. Creating and closing are not measured, the last Sync is.
-func (b *bench) freshPair(w workload, workers, round int) (oursRate, rawRate float64, err error) {
-	order := []contender{ours, rawFile}
-	if !first(round) {
-		order[0], order[1] = order[1], order[0]
-	}
-	for _, c := range order {
-		rate, err := b.fresh(c, w, workers, uint64(round))
-		if err != nil {
-			return 0, 0, fmt.Errorf("%s: %w", c.name, err)
-		}
-		if c.name == ours.name {
-			oursRate = rate
-		} else {
-			rawRate = rate
-		}
-	}
-	return oursRate, rawRate, nil
-}
-
-// fresh measures a contender on a new disk.
-func (b *bench) fresh(c contender, w workload, workers int, seed uint64) (rate float64, err error) {
-	path := filepath.Join(b.dir, "fresh."+c.name)
-	d, err := c.create(path, b.allocSize)
-	if err != nil {
-		return 0, err
-	}
-	defer os.Remove(path)
-	t := w.runAll(d, b.allocSize, workers, seed)
-	return t.rate(), errors.Join(t.err, d.Close())
+	return image, raw, nil
 }
 
 // allocations returns the heap allocations per mapped 4 KiB read and overwrite.
 func (b *bench) allocations() (a struct{ read, overwrite float64 }, err error) {
-	d, err := ours.open(b.image)
+	d, err := ours.openFile(b.image)
 	if err != nil {
 		return a, err
 	}
@@ -264,4 +242,4 @@ func (b *bench) judge() error {
 }
 
 // qemuTime is how long one measurement of qemu-img is meant to take: it tells time in milliseconds.
-const qemuTime = 180 * time.Millisecond
+const qemuTime = 120 * time.Millisecond

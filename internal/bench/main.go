@@ -22,7 +22,7 @@ type config struct {
 	size      int64          // of the mapped disks, in bytes
 	allocSize int64          // of the disks that are filled, in bytes
 	rounds    int            // measured rounds per row
-	slice     time.Duration  // length of one measurement
+	slice     time.Duration  // time for the library, and for the raw file, in a round
 	filter    *regexp.Regexp // rows to run, by "workload/goroutines"
 	qemu      bool           // whether qemu-img runs too
 }
@@ -39,10 +39,10 @@ func parseFlags() (config, error) {
 	if err != nil {
 		return config{}, err
 	}
-	c := config{dir: *dir, size: 1 << 30, allocSize: 4 << 30, rounds: max(*rounds, 15), slice: 60 * time.Millisecond,
+	c := config{dir: *dir, size: 1 << 30, allocSize: 4 << 30, rounds: max(*rounds, 15), slice: 72 * time.Millisecond,
 		filter: filter, qemu: *qemu}
 	if *quick {
-		c.size, c.allocSize, c.rounds, c.slice = 256<<20, 1<<30, 15, 20*time.Millisecond
+		c.size, c.allocSize, c.rounds, c.slice = 256<<20, 1<<30, 15, 24*time.Millisecond
 	}
 	return c, nil
 }
@@ -100,7 +100,7 @@ func run(c config) error {
 			if !c.filter.MatchString(name) {
 				continue
 			}
-			fmt.Fprintln(os.Stderr, name)
+			fmt.Fprintf(os.Stderr, "%4.0fs  %s\n", time.Since(begin).Seconds(), name)
 			r, err := b.measure(w, g)
 			if err != nil {
 				return fmt.Errorf("%s: %w", name, err)

@@ -129,8 +129,9 @@ func (r *qemuRun) run(b *bench) (float64, error) {
 }
 
 // step returns the distance in bytes from one request of qemu-img to the next. It has no random order, but it
-// wraps around at the end of the disk: an odd number of units near the golden ratio of the disk visits each
-// unit once before any is visited twice, and far from the one before.
+// wraps around at the end of the disk: an odd number of units near the (smaller) golden section of the disk
+// visits each unit once before any is visited twice, and far from the one before. The larger section could be
+// more than maxStep.
 func (r *qemuRun) step(size int64) int64 {
 	if !r.workload.random {
 		return r.workload.n
@@ -139,8 +140,11 @@ func (r *qemuRun) step(size int64) int64 {
 	if r.workload.alloc {
 		unit = clusterSize
 	}
-	return (int64(float64(size/unit)*(math.Sqrt(5)-1)/2) | 1) * unit
+	return (int64(float64(size/unit)*(3-math.Sqrt(5))/2) | 1) * unit
 }
+
+// maxStep is the largest step in bytes that qemu-img bench takes.
+const maxStep = 1<<31 - 1
 
 // check has qemu-img check an image.
 func (q *qemu) check(path string) error {

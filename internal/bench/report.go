@@ -28,7 +28,7 @@ func printReport(out io.Writer, c config, q *qemu, rows []row, allocs struct{ re
 		fmt.Fprintf(w, "| revision | %s |\n", rev)
 	}
 	fmt.Fprintf(w, "| mapped disk | %d MiB, %d KiB clusters, all written |\n", c.size>>20, clusterSize>>10)
-	fmt.Fprintf(w, "| rounds | %d per row, slices of %v |\n", c.rounds, c.slice)
+	fmt.Fprintf(w, "| rounds | %d per row, %d slices each of %v |\n", c.rounds, turns, c.slice/turns)
 	fmt.Fprintf(w, "| took | %v |\n\n", took.Round(time.Second))
 
 	fmt.Fprintf(w, "| workload | goroutines | raw file | ours / raw (95 %%) | aim | QEMU / raw (95 %%) | QEMU mode |\n")

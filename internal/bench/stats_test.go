@@ -33,14 +33,18 @@ func TestMedianInterval(t *testing.T) {
 	}
 }
 
-// TestQEMUStep shows that the step of random requests visits each unit once before it comes back.
+// TestQEMUStep shows that the step of random requests is one that qemu-img takes, and visits each unit once
+// before it comes back.
 func TestQEMUStep(t *testing.T) {
 	for _, w := range workloads {
 		if !w.random {
 			continue
 		}
-		const size = 256 << 20
+		const size = 4 << 30
 		r := qemuRun{workload: w}
+		if step := r.step(size); step > maxStep {
+			t.Errorf("%s: step %d is more than qemu-img takes", w.name, step)
+		}
 		unit := w.n
 		if w.alloc {
 			unit = clusterSize

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,7 +24,7 @@ type workload struct {
 	write  bool
 	// alloc: each request, or each cluster of it, meets clusters that were never written.
 	alloc bool
-	ops   int64   // requests of one measurement with alloc, where the disk bounds them
+	ops   int64   // requests of one round with alloc, where the disk bounds them
 	aim   float64 // the rate aimed at, as a part of the raw file's; 0: none
 }
 
@@ -33,7 +34,7 @@ var workloads = []workload{
 	{name: "sequential overwrite", n: 1 << 20, write: true},
 	{name: "random read", n: 4 << 10, random: true, aim: 0.8},
 	{name: "random overwrite", n: 4 << 10, random: true, write: true, aim: 0.7},
-	{name: "sequential allocating write", n: 1 << 20, write: true, alloc: true, ops: 256, aim: 0.9},
+	{name: "sequential allocating write", n: 1 << 20, write: true, alloc: true, ops: 192, aim: 0.9},
 	{name: "random allocating write", n: 4 << 10, random: true, write: true, alloc: true, ops: 16 << 10},
 }
 
@@ -45,93 +46,130 @@ type disk interface {
 	io.Closer
 }
 
-// tally is work done, the time it took, and why it ended early.
+// tally is work done, slice by slice.
 type tally struct {
 	requests int64
 	elapsed  time.Duration
-	err      error
+	rates    []float64 // of the slices, in requests per second
+	err      error     // the first error
 }
 
-// add adds more of the same work.
-func (t *tally) add(more tally) {
-	t.requests += more.requests
-	t.elapsed += more.elapsed
+// add adds a slice in which so many requests took so long.
+func (t *tally) add(requests int64, elapsed time.Duration, err error) {
+	t.requests += requests
+	t.elapsed += elapsed
+	t.rates = append(t.rates, float64(requests)/elapsed.Seconds())
 	if t.err == nil {
-		t.err = more.err
+		t.err = err
 	}
 }
 
-// rate returns requests per second.
+// rate returns the rate over all slices, in requests per second.
 func (t *tally) rate() float64 { return float64(t.requests) / t.elapsed.Seconds() }
 
-// runFor runs a workload that maps nothing on d, of size bytes, for about the given time.
-func (w *workload) runFor(d disk, size int64, workers int, slice time.Duration, seed uint64) tally {
-	blocks := uint64(size / w.n)
+// undisturbed returns the rate that a quarter of the slices reached. Slices that lost the processor to
+// something else lie below.
+func (t *tally) undisturbed() float64 {
+	rates := slices.Sorted(slices.Values(t.rates))
+	return rates[len(rates)*3/4]
+}
+
+// job is a workload as one round runs it.
+type job struct {
+	workload
+	size    int64         // of the disk in bytes
+	workers int           // goroutines
+	slice   time.Duration // length of a slice; with alloc it has a fixed number of requests
+	round   uint64        // seed of the random order
+	buffers [][]byte      // of the workers
+	order   []int         // with alloc and random: the clusters, in random order
+}
+
+// newJob returns the job of a round.
+func newJob(w workload, size int64, workers int, slice time.Duration, round int) *job {
+	j := &job{workload: w, size: size, workers: workers, slice: slice, round: uint64(round)}
+	for worker := range workers {
+		p := make([]byte, w.n)
+		pattern(p, int64(worker)) // not all zeros
+		j.buffers = append(j.buffers, p)
+	}
+	if w.alloc && w.random {
+		j.order = rand.New(rand.NewPCG(j.round, 0)).Perm(int(size / clusterSize))
+	}
+	return j
+}
+
+// run runs one slice on d.
+func (j *job) run(d disk, turn int) (requests int64, elapsed time.Duration, err error) {
+	if j.alloc {
+		return j.runNew(d, turn)
+	}
+	return j.runMapped(d, turn)
+}
+
+// runMapped runs requests that map nothing for the time of a slice.
+func (j *job) runMapped(d disk, turn int) (int64, time.Duration, error) {
+	seed := j.round*turns + uint64(turn)
+	blocks := uint64(j.size / j.n)
 	// The clock is asked so rarely that it does not count, and so often that slices end in time.
-	batch := max(1, (256<<10)/w.n)
+	batch := max(1, (128<<10)/j.n)
 	var next atomic.Uint64 // block of the next sequential request
 	next.Store(seed * 0x9e3779b97f4a7c15 % blocks)
 	var done atomic.Int64
-	elapsed, err := inParallel(workers, func(worker int) error {
+	elapsed, err := inParallel(j.workers, func(worker int) error {
 		random := rand.New(rand.NewPCG(seed, uint64(worker)))
-		p := w.buffer(worker)
+		p := j.buffers[worker]
 		begin := time.Now()
 		count := int64(0)
-		for time.Since(begin) < slice {
+		defer func() { done.Add(count) }()
+		for time.Since(begin) < j.slice {
 			for range batch {
 				var block uint64
-				if w.random {
+				if j.random {
 					block = random.Uint64N(blocks)
 				} else {
 					block = (next.Add(1) - 1) % blocks
 				}
-				if err := w.request(d, p, int64(block)*w.n); err != nil {
+				if err := j.request(d, p, int64(block)*j.n); err != nil {
 					return err
 				}
 			}
 			count += batch
 		}
-		done.Add(count)
 		return nil
 	})
-	return tally{requests: done.Load(), elapsed: elapsed, err: err}
+	return done.Load(), elapsed, err
 }
 
-// runAll runs an allocating workload on d, a new disk of size bytes, and syncs it. Random requests fall into one cluster each, in random order, so
-// that every one allocates.
-func (w *workload) runAll(d disk, size int64, workers int, seed uint64) tally {
-	var order []uint32 // of the clusters, in random order
-	if w.random {
-		order = make([]uint32, size/clusterSize)
-		for i := range order {
-			order[i] = uint32(i)
-		}
-		rand.New(rand.NewPCG(seed, 0)).Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
-	}
+// runNew runs the part of the requests to a new disk that falls to a slice, and syncs. Random requests fall
+// into one cluster each, in random order, so that every one allocates.
+func (j *job) runNew(d disk, turn int) (int64, time.Duration, error) {
+	first, end := j.ops*int64(turn)/turns, j.ops*int64(turn+1)/turns
 	var next atomic.Int64
-	elapsed, err := inParallel(workers, func(worker int) error {
-		p := w.buffer(worker)
+	next.Store(first)
+	elapsed, err := inParallel(j.workers, func(worker int) error {
+		p := j.buffers[worker]
 		for {
 			i := next.Add(1) - 1
-			if i >= w.ops {
+			if i >= end {
 				return nil
 			}
-			off := i * w.n
-			if w.random {
+			off := i * j.n
+			if j.random {
 				// Anywhere within the cluster, so that there is something to fill up on both sides.
-				off = int64(order[i])*clusterSize + int64(uint64(i)*0x9e3779b9%(clusterSize/uint64(w.n)))*w.n
+				off = int64(j.order[i])*clusterSize + int64(uint64(i)*0x9e3779b9%(clusterSize/uint64(j.n)))*j.n
 			}
-			if err := w.request(d, p, off); err != nil {
+			if err := j.request(d, p, off); err != nil {
 				return err
 			}
 		}
 	})
 	if err != nil {
-		return tally{elapsed: elapsed, err: err}
+		return 0, elapsed, err
 	}
 	begin := time.Now()
 	err = d.Sync()
-	return tally{requests: w.ops, elapsed: elapsed + time.Since(begin), err: err}
+	return end - first, elapsed + time.Since(begin), err
 }
 
 // request does one request with p at off.
@@ -143,15 +181,6 @@ func (w *workload) request(d disk, p []byte, off int64) error {
 		_, err = d.ReadAt(p, off)
 	}
 	return err
-}
-
-// buffer returns the buffer of one worker, not all zeros.
-func (w *workload) buffer(worker int) []byte {
-	p := make([]byte, w.n)
-	for i := range p {
-		p[i] = byte(i + worker + 1)
-	}
-	return p
 }
 
 // inParallel runs f in the given number of goroutines and returns the time from the start of all to the end

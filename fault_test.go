@@ -809,8 +809,11 @@ func TestFaults(t *testing.T) {
 			var seen faultsSeen
 			for _, plan := range faultPlans(&sc) {
 				t.Run(plan.name, func(t *testing.T) {
-					at := 0
-					for ; !t.Failed(); at++ {
+					at, stride := 0, 1
+					if testing.Short() {
+						stride = 5
+					}
+					for ; !t.Failed(); at += stride {
 						r := faultRun{
 							TB:    t,
 							host:  newFaultHost(disks),

@@ -3,9 +3,12 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"syscall"
 
 	"github.com/go-qcow2/qcow2/internal/hostfile"
 )
@@ -13,51 +16,72 @@ import (
 // Create creates an image file called name with a disk of size bytes, a multiple of 512, and opens it for
 // reading and writing. When it returns, the empty image and its name are durable.
 //
+// Whatever can be refused is refused before an existing file is touched: options, locks, and the files that the
+// image is to name, which are opened first. A file that Create made is removed after an error.
+//
 // Errors: fs.ErrExist if the file exists and opts.Overwrite is not set, *OptionError for options that are
-// not allowed (all of them, joined), ErrHeaderFull if the names do not fit, ErrTooLarge for a size beyond the
-// format, ErrLocked if an existing file is in use, and those of the file system. Options are checked and the
-// lock is taken before an existing file is touched; a file that Create made is removed after an error.
+// not allowed (all of them, joined) and for a device that is smaller than the disk, ErrHeaderFull if the names
+// do not fit, ErrTooLarge for a size beyond the format, ErrLimit for one beyond the limits, ErrLocked if an
+// existing file is in use, ErrChain if the image would be its own backing or data file, those of OpenStorage
+// about the files that it names, and those of the file system.
 func Create(name string, size int64, opts *CreateOptions) (*Image, error) {
+	return createFile(name, size, opts, hostfile.SyncDir)
+}
+
+// createFile is Create with the function that makes the names in a directory durable.
+func createFile(name string, size int64, opts *CreateOptions, syncDir func(dir string) error) (*Image, error) {
 	o := createOptionsOf(opts)
-	if _, err := createHeader(size, &o); err != nil {
-		return nil, fmt.Errorf("qcow2: create: %w", err)
+	if o.Open.Name == "" {
+		o.Open.Name = filepath.Base(name)
 	}
-	flag := os.O_RDWR | os.O_CREATE | os.O_EXCL
-	s, err := OpenFileStorage(name, flag, 0o666)
-	made := err == nil
-	if o.Overwrite && errors.Is(err, fs.ErrExist) {
+	n, err := planImage(size, &o)
+	if err != nil {
+		return nil, createError(&o, err)
+	}
+	s, err := OpenFileStorage(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+	var made fs.FileInfo // the file, if this made it
+	if err == nil {
+		if made, err = s.f.Stat(); err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	} else if o.Overwrite && errors.Is(err, fs.ErrExist) {
 		s, err = OpenFileStorage(name, os.O_RDWR, 0)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("qcow2: create: %w", err)
 	}
-	if o.Open.Name == "" {
-		o.Open.Name = filepath.Base(name)
+	img, err := n.create(s, &chain{ownsTop: true})
+	if err == nil && made != nil {
+		if err = syncDir(filepath.Dir(name)); err == nil || errors.Is(err, errors.ErrUnsupported) {
+			return img, nil
+		}
+		err = errors.Join(createError(&o, fmt.Errorf("sync directory: %w", err)), img.Abandon())
 	}
-	img, err := create(s, size, &o, &chain{ownsTop: true})
-	if err == nil && made {
-		if err = hostfile.SyncDir(filepath.Dir(name)); err != nil {
-			if errors.Is(err, errors.ErrUnsupported) {
-				return img, nil
-			}
-			err = errors.Join(fmt.Errorf("qcow2: create: sync directory: %w", err), img.Abandon())
+	if err == nil {
+		return img, nil
+	}
+	if made != nil {
+		// Somebody may have put another file there.
+		if now, serr := os.Lstat(name); serr == nil && os.SameFile(made, now) {
+			err = errors.Join(err, os.Remove(name))
 		}
 	}
-	if err != nil && made {
-		err = errors.Join(err, os.Remove(name))
-	}
-	if err != nil {
-		return nil, err
-	}
-	return img, nil
+	return nil, err
 }
 
 // CreateStorage creates an image in s, as Create does, and opens it for reading and writing. s stays the
 // caller's to close after the image. A storage that is not empty is fs.ErrExist unless opts.Overwrite is
-// set; a block device is never empty.
+// set; a block device is never empty, and one on which the empty image has no room matches syscall.ENOSPC.
+//
+// After an error a storage that was empty is made empty again, image or data file, as far as it lets itself be
+// truncated then.
 func CreateStorage(s Storage, size int64, opts *CreateOptions) (*Image, error) {
 	o := createOptionsOf(opts)
-	return create(s, size, &o, &chain{})
+	n, err := planImage(size, &o)
+	if err != nil {
+		return nil, createError(&o, err)
+	}
+	return n.create(s, &chain{})
 }
 
 // createOptionsOf returns a copy of opts whose Open is set, for writing.
@@ -75,89 +99,229 @@ func createOptionsOf(opts *CreateOptions) CreateOptions {
 	return o
 }
 
-// createHeader returns the header of a new image, after checking size and options.
-func createHeader(size int64, o *CreateOptions) (*header, error) {
-	if size < 0 {
-		return nil, &OptionError{Option: "size", Value: size, Reason: "must not be negative"}
+// createError says of err that it ended the creation of an image.
+func createError(o *CreateOptions, err error) error {
+	if o.Open.Name == "" {
+		return fmt.Errorf("qcow2: create: %w", err)
+	}
+	return fmt.Errorf("qcow2: create %s: %w", o.Open.Name, err)
+}
+
+// creation is an image in the making. It is used by one goroutine.
+type creation struct {
+	o *CreateOptions // with defaults, as createOptionsOf gives them
+	h *header
+	l *layout
+
+	host      *hostFile // the image file
+	data      *hostFile // the external data file, or nil
+	ownsData  bool      // data came from the resolver
+	below     Image     // holds the backing disk, if one was opened, and nothing else
+	wereEmpty []Storage // those of host and data that were empty
+}
+
+// planImage checks size and options, and plans an image.
+func planImage(size int64, o *CreateOptions) (*creation, error) {
+	h, err := newHeader(uint64(size), o) // a negative size is refused as one beyond 63 bits
+	if err := errors.Join(err, o.Open.validate()); err != nil {
+		return nil, err
 	}
 	if o.DataFile != "" && o.Open.DataFile == nil && o.Open.Resolver == nil {
 		return nil, &FileRequiredError{
-			Ref:  FileRef{Image: o.Open.Name, Name: o.DataFile, Format: "raw", Kind: KindData, Writable: true},
+			Ref:  o.dataRef(),
 			Hint: "CreateOptions.Open.DataFile or CreateOptions.Open.Resolver",
 		}
 	}
-	return newHeader(uint64(size), o)
-}
-
-// create lays an image out in s and opens it. It closes s after an error if the chain owns it.
-func create(s Storage, size int64, o *CreateOptions, c *chain) (*Image, error) {
-	unlock, err := createIn(s, size, o)
-	if err == nil {
-		var img *Image
-		if img, err = open(s, *o.Open, c); err == nil {
-			return img, nil
-		}
-		return nil, errors.Join(err, unlock())
-	}
-	if c.ownsTop {
-		err = errors.Join(err, s.Close())
-	} else {
-		err = errors.Join(err, s.Unlock())
-	}
-	return nil, fmt.Errorf("qcow2: create %s: %w", o.Open.Name, err)
-}
-
-// createIn lays an image out in s and makes it durable. The lock of a data file that is the caller's stays held,
-// for the open that follows; unlock gives it back. After an error it has been given back.
-func createIn(s Storage, size int64, o *CreateOptions) (unlock func() error, err error) {
-	unlock = func() error { return nil }
-	h, err := createHeader(size, o)
-	if err != nil {
-		return unlock, err
-	}
 	l, err := planLayout(h)
 	if err != nil {
-		return unlock, err
+		return nil, err
 	}
-	if _, err := lockStorage(s, lockRole(LockReader, LockWriter, *o.Open), o.Open.Lock); err != nil {
-		return unlock, err
+	if err := h.validate(*o.Open.Limits); err != nil {
+		return nil, err
 	}
-	if err := checkEmpty(s, o); err != nil {
-		return unlock, err
-	}
-	if !h.hasDataFile() {
-		l.h, err = unmake(s, o.Open.NoSync)
-		if err != nil {
-			return unlock, err
+	return &creation{o: o, h: h, l: l}, nil
+}
+
+// dataRef is what a resolver is asked for the external data file.
+func (o *CreateOptions) dataRef() FileRef {
+	return FileRef{Image: o.Open.Name, Name: o.DataFile, Format: "raw", Kind: KindData, Writable: true}
+}
+
+// create makes the image in s and opens it. It closes s after an error if the chain owns it.
+func (n *creation) create(s Storage, c *chain) (*Image, error) {
+	n.host = &hostFile{s: s}
+	err := n.prepare(c)
+	if err == nil {
+		if err = n.lay(); err == nil {
+			var img *Image
+			if img, err = n.open(c); err == nil {
+				return img, nil
+			}
+			n.empty()
+			if !c.ownsTop { // else it is closed already
+				err = errors.Join(err, n.host.release(false))
+			}
+			return nil, errors.Join(err, n.release())
 		}
-		return unlock, l.write(h)
+		n.empty()
 	}
-	data, owned, err := takeData(o)
+	return nil, errors.Join(createError(n.o, err), n.host.release(c.ownsTop), n.release())
+}
+
+// prepare finds out everything that can speak against the image, before anything is touched: it takes the locks
+// and opens the data file and the backing disk. After an error release gives back what it took.
+func (n *creation) prepare(c *chain) (err error) {
+	open, s := n.o.Open, n.host.s
+	if err := c.enter(s, open.Limits); err != nil {
+		return err
+	}
+	if n.host.locked, err = lockStorage(s, lockRole(LockReader, LockWriter, *open), open.Lock); err != nil {
+		return err
+	}
+	size, err := n.checkEmpty(s)
 	if err != nil {
-		return unlock, fmt.Errorf("data file: %w", err)
+		return err
 	}
-	giveBack := data.Unlock
-	if owned {
-		giveBack = data.Close
-	} else {
-		unlock = giveBack
+	if need := int64(n.l.end << n.l.g.clusterBits); s.FixedSize() && size < need {
+		return fmt.Errorf("the empty image takes %d bytes of a device of %d: %w", need, size, syscall.ENOSPC)
 	}
-	if l.h, err = unmake(s, o.Open.NoSync); err == nil {
-		if err = emptyData(data, h, o.Open.NoSync); err != nil {
-			err = fmt.Errorf("data file: %w", err)
-		} else {
-			err = l.write(h)
+	if n.h.hasDataFile() {
+		if err := n.takeData(c); err != nil {
+			return fmt.Errorf("data file: %w", err)
 		}
 	}
-	if err != nil || owned {
-		err = errors.Join(err, giveBack())
+	if diskUses(open.Backing, c.seen) {
+		return fmt.Errorf("%w: a file is its own backing file", ErrChain)
 	}
-	return unlock, err
+	if n.h.hasBacking() {
+		// The cache is that of the whole chain, whose slices may be as large as slices get.
+		c.cache = newTableCache(open.L2CacheBytes, tableSliceBits)
+	}
+	n.below.hdr = n.h
+	return n.below.openBacking(*open, c)
+}
+
+// diskUses reports whether the disk, or one below it, lies in a storage with one of the identities.
+func diskUses(d Disk, ids []any) bool {
+	in := func(s Storage) bool {
+		id := s.Identity()
+		return id != nil && slices.Contains(ids, id)
+	}
+	switch d := d.(type) {
+	case *Image:
+		return in(d.host.s) || in(d.data.s) || diskUses(d.backing, ids)
+	case *RawDisk:
+		return in(d.s)
+	case *ownedRaw:
+		return in(d.s)
+	}
+	return false
+}
+
+// checkEmpty returns the size of a storage, and refuses one that holds something unless it may be overwritten.
+// It notes one that is empty.
+func (n *creation) checkEmpty(s Storage) (int64, error) {
+	size, err := s.Size()
+	switch {
+	case err != nil:
+	case size == 0:
+		n.wereEmpty = append(n.wereEmpty, s)
+	case !n.o.Overwrite:
+		err = fmt.Errorf("%w: it holds %d bytes", fs.ErrExist, size)
+	}
+	return size, err
+}
+
+// takeData finds the storage of the external data file, locks it and checks it.
+func (n *creation) takeData(c *chain) (err error) {
+	open := n.o.Open
+	s := open.DataFile
+	if s == nil {
+		if s, err = resolve(open.Resolver, n.o.dataRef()); err != nil {
+			return err
+		}
+		n.ownsData = true
+	}
+	n.data = &hostFile{s: s}
+	if err := c.meet(s); err != nil {
+		return err
+	}
+	if n.data.locked, err = lockStorage(s, lockRole(LockDataReader, LockDataWriter, *open), open.Lock); err != nil {
+		return err
+	}
+	size, err := n.checkEmpty(s)
+	if err == nil && s.FixedSize() && uint64(size) < n.h.size {
+		err = &OptionError{Option: "size", Value: n.h.size, Reason: fmt.Sprintf("the data file is a device of %d bytes", size)}
+	}
+	return err
+}
+
+// lay lays the image out and makes it durable.
+//
+// Order: nothing of an earlier image is touched before it is none any more, durably; the data file is an empty
+// disk, durably, before the image names it.
+func (n *creation) lay() error {
+	noSync := n.o.Open.NoSync
+	host, err := unmake(n.host.s, noSync)
+	if err != nil {
+		return err
+	}
+	if n.data != nil {
+		if err := emptyData(n.data.s, n.h, noSync); err != nil {
+			return fmt.Errorf("data file: %w", err)
+		}
+	}
+	n.l.h = host
+	return n.l.write(n.h)
+}
+
+// open opens the image, and hands the data file and the backing disk over to it. An error gives the image
+// file back, and nothing else.
+func (n *creation) open(c *chain) (*Image, error) {
+	o := *n.o.Open
+	if n.data != nil {
+		o.DataFile = n.data.s
+	}
+	if n.below.backing != nil {
+		o.Backing = n.below.backing
+	}
+	img, err := open(n.host.s, o, &chain{cache: c.cache, ownsTop: c.ownsTop})
+	if err != nil {
+		return nil, err
+	}
+	img.ownsData, img.ownsBacking = n.ownsData, n.below.ownsBacking
+	return img, nil
+}
+
+// empty makes the storages empty again that were empty, as far as that goes: whoever tries again finds them as
+// they were. The lock of one may have been given back; one that somebody else has taken since is his.
+func (n *creation) empty() {
+	for _, s := range n.wereEmpty {
+		role := LockWriter
+		if s != n.host.s {
+			role = LockDataWriter
+		}
+		if _, err := lockStorage(s, role, n.o.Open.Lock); err == nil {
+			_ = s.Truncate(0) // what made the creation fail may make this fail
+		}
+	}
+}
+
+// release gives the data file and the backing disk back.
+func (n *creation) release() error {
+	var errs []error
+	if c, ok := n.below.backing.(io.Closer); ok && n.below.ownsBacking {
+		errs = append(errs, c.Close())
+	}
+	if n.data != nil {
+		errs = append(errs, n.data.release(n.ownsData))
+	}
+	return errors.Join(errs...)
 }
 
 // unmake makes of s what is no image, durably, if it holds anything, and empties it if that can be. The first
 // sector decides, and goes in one piece: a crash leaves an earlier image whole, or none, and nothing that
-// belongs to it may be touched before.
+// belongs to it may be touched before. Where s cannot be emptied, nothing up to its size is taken for zeros.
 func unmake(s Storage, noSync bool) (*hostFile, error) {
 	size, err := s.Size()
 	if err != nil {
@@ -173,63 +337,47 @@ func unmake(s Storage, noSync bool) (*hostFile, error) {
 	if err := host.sync(); err != nil || host.fixed {
 		return host, err
 	}
-	if err := s.Truncate(0); err != nil {
+	switch err := s.Truncate(0); {
+	case errors.Is(err, errors.ErrUnsupported):
+		return host, nil
+	case err != nil:
 		return nil, err
 	}
 	host.pristine.Store(0)
 	return host, host.sync()
 }
 
-// checkEmpty refuses a storage that holds something, unless it may be overwritten.
-func checkEmpty(s Storage, o *CreateOptions) error {
-	n, err := s.Size()
-	if err == nil && n > 0 && !o.Overwrite {
-		err = fmt.Errorf("%w: it holds %d bytes", fs.ErrExist, n)
-	}
-	return err
-}
-
-// takeData returns the storage of the external data file, locked and checked but untouched, and whether the
-// library is to close it.
-func takeData(o *CreateOptions) (s Storage, owned bool, err error) {
-	if s = o.Open.DataFile; s == nil {
-		owned = true
-		s, err = o.Open.Resolver.Resolve(FileRef{Image: o.Open.Name, Name: o.DataFile, Format: "raw", Kind: KindData, Writable: true})
-		if err != nil {
-			return nil, false, err
-		}
-	}
-	_, err = lockStorage(s, lockRole(LockRawReader, LockDataWriter, *o.Open), o.Open.Lock)
-	if err == nil {
-		if err = checkEmpty(s, o); err == nil {
-			return s, owned, nil
-		}
-		err = errors.Join(err, s.Unlock())
-	}
-	if owned {
-		err = errors.Join(err, s.Close())
-	}
-	return nil, false, err
-}
-
 // emptyData makes the external data file in s an empty disk, durably. No image names it any more.
 func emptyData(s Storage, h *header, noSync bool) error {
-	data := &hostFile{s: s, fixed: s.FixedSize(), noSync: noSync}
-	if data.fixed {
-		// Only a raw data file must read as zeros where nothing is mapped.
-		if !h.rawData() {
-			return nil
+	size, err := s.Size()
+	if err != nil {
+		return err
+	}
+	data := newHostFile(s, size, noSync)
+	if !data.fixed {
+		if err = s.Truncate(0); err == nil {
+			err = s.Truncate(int64(h.size))
 		}
-		if err := data.zero(useData, 0, h.size); err != nil {
+		if err == nil {
+			return data.sync()
+		}
+		if !errors.Is(err, errors.ErrUnsupported) {
 			return err
 		}
-		return data.sync()
 	}
-	if err := s.Truncate(0); err != nil {
+	// It stays as long as it is. Only a raw data file must read as zeros where nothing is mapped, and be as
+	// long as the disk.
+	if !h.rawData() {
+		return nil
+	}
+	old := min(uint64(size), h.size)
+	if err := data.zero(useData, 0, old); err != nil {
 		return err
 	}
-	if err := s.Truncate(int64(h.size)); err != nil {
-		return err
+	if old < h.size {
+		if err := data.zero(useData, h.size-sectorSize, sectorSize); err != nil {
+			return err
+		}
 	}
 	return data.sync()
 }
@@ -332,8 +480,11 @@ func (l *layout) writeRefcounts() error {
 // writeL1 writes the L1 table, whose entries are zero, or have their L2 tables behind it.
 func (l *layout) writeL1() error {
 	if l.l2Tables == 0 && l.h.readsZero(l.l1<<l.g.clusterBits) {
-		// The table is there by the file's size.
-		return l.h.s.Truncate(int64(l.end << l.g.clusterBits))
+		// The table is there by the file's size, where that can be set.
+		err := l.h.s.Truncate(int64(l.end << l.g.clusterBits))
+		if !errors.Is(err, errors.ErrUnsupported) {
+			return err
+		}
 	}
 	t := newTable(l.l1Entries)
 	for i := range l.l2Tables {

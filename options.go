@@ -111,7 +111,8 @@ type CreateOptions struct {
 	BackingFile   string
 	BackingFormat string
 	// DataFile is the name of the external data file that the header gives. The storage itself comes
-	// from Open.DataFile or Open.Resolver.
+	// from Open.DataFile or Open.Resolver. A relative name counts from the directory of the image, as that of
+	// a backing file does; QEMU 7.2 takes it from its working directory.
 	DataFile string
 	// DataFileRaw says that the data file alone must always read as the disk.
 	DataFileRaw bool

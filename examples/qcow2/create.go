@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -56,6 +57,9 @@ func createCommand() *cobra.Command {
 				if c.image.BackingFormat == "" {
 					return fmt.Errorf("%s: backing file specified without backing format", name)
 				}
+				if err := differs(name, disk.BesideImage(name, b)); err != nil {
+					return err
+				}
 				// A wrong name shows now rather than at the first use.
 				if !unsafe {
 					size, err := backingSize(name, b, c.image.BackingFormat)
@@ -96,7 +100,22 @@ func createCommand() *cobra.Command {
 	return cmd
 }
 
-// backingSize returns the size of the disk in a backing file that the named image is to have.
+// differs refuses a new image that would replace one of the files that lie below it, by whatever names.
+func differs(image string, below ...string) error {
+	fi, err := os.Stat(image)
+	if err != nil {
+		return nil // there is none yet, or creating it says why not
+	}
+	for _, name := range below {
+		if other, err := os.Stat(name); err == nil && os.SameFile(fi, other) {
+			return fmt.Errorf("%s: the image cannot be its own backing file", image)
+		}
+	}
+	return nil
+}
+
+// backingSize returns the size of the disk in a backing file that the named image is to have. It refuses an
+// image that lies below itself.
 func backingSize(image, backing, format string) (int64, error) {
 	if err := checkFormat(format); err != nil {
 		return 0, err
@@ -106,5 +125,5 @@ func backingSize(image, backing, format string) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("could not open backing file '%s': %w", name, err)
 	}
-	return disk.RoundUp(d.Size()), d.Close()
+	return disk.RoundUp(d.Size()), errors.Join(differs(image, d.Files...), d.Close())
 }

@@ -189,6 +189,38 @@ func TestCreate(t *testing.T) {
 	}
 }
 
+// TestCreateOverItself has create refuse to replace a file that the new image is to stand on, by any name.
+func TestCreateOverItself(t *testing.T) {
+	for _, args := range [][]string{
+		{"-b", "a", "-F", "qcow2", "a"},
+		{"-b", "a", "-F", "raw", "a", "1M"},
+		{"-u", "-b", "a", "-F", "qcow2", "a", "1M"},
+		{"-b", "link", "-F", "qcow2", "a"},
+		{"-b", "overlay", "-F", "qcow2", "a"},
+		{"-o", "backing_file=a,backing_fmt=qcow2", "./a"},
+		{"-o", "data_file=a", "a", "1M"},
+	} {
+		t.Run(strings.Join(args, " "), func(t *testing.T) {
+			inTempDir(t)
+			mustTool(t, "create", "-q", "-f", "qcow2", "a", "1M")
+			mustTool(t, "create", "-q", "-f", "qcow2", "-b", "a", "-F", "qcow2", "overlay")
+			if err := os.Symlink("a", "link"); err != nil {
+				t.Skip(err)
+			}
+			want, err := os.ReadFile("a")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, stderr, exit := tool(append([]string{"create", "-f", "qcow2"}, args...)...); exit == 0 || stderr == "" {
+				t.Errorf("exit %d, %q", exit, stderr)
+			}
+			if got, err := os.ReadFile("a"); err != nil || !bytes.Equal(want, got) {
+				t.Errorf("the file was changed: %d bytes, want %d; %v", len(got), len(want), err)
+			}
+		})
+	}
+}
+
 // TestConvert converts to and fro and lets qemu-img compare.
 func TestConvert(t *testing.T) {
 	qemutest.Require(t)

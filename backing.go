@@ -20,9 +20,8 @@ type Disk interface {
 
 // RawDisk is a Disk whose bytes are those of a storage: a raw image file, or a block device.
 type RawDisk struct {
-	s       Storage
-	size    int64 // rounded up to sectors
-	content int64 // bytes of the storage
+	s    Storage
+	size int64 // rounded up to sectors
 }
 
 var (
@@ -37,7 +36,7 @@ func NewRawDisk(s Storage) (*RawDisk, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &RawDisk{s: s, size: (n + sectorSize - 1) / sectorSize * sectorSize, content: n}, nil
+	return &RawDisk{s: s, size: (n + sectorSize - 1) / sectorSize * sectorSize}, nil
 }
 
 // Size returns the size of the disk in bytes, a multiple of 512.
@@ -60,7 +59,10 @@ func (d *RawDisk) ReadAt(p []byte, off int64) (int, error) {
 	}
 	n, err := d.s.ReadAt(p, off)
 	if n < len(p) {
-		if err != nil && !errors.Is(err, io.EOF) {
+		if err == nil {
+			err = io.ErrUnexpectedEOF
+		}
+		if !errors.Is(err, io.EOF) {
 			return n, err
 		}
 		clear(p[n:])
@@ -99,6 +101,9 @@ func (d *RawDisk) Extents(off, n int64) iter.Seq2[Extent, error] {
 				return
 			}
 			start, stop = min(max(start, off), end), min(stop, end)
+			if stop <= off && start < end {
+				stop = end // no answer at all: there may be data
+			}
 			if start > off && !yield(Extent{Off: off, Len: start - off, Kind: ExtentZero, HostOff: off}, nil) {
 				return
 			}

@@ -33,6 +33,7 @@ type tableCache struct {
 	mu      sync.Mutex
 	loading map[sliceKey]*sliceLoad // slices being read; guarded by mu
 	dirty   []*l2Slice              // slices with unwritten changes, of all images; guarded by mu
+	hand    uint                    // of the clock that finds victims; guarded by mu
 }
 
 // sliceKey names a slice: the image's number in the chain in the upper 16 bits, and the host offset of
@@ -129,7 +130,7 @@ func (c *tableCache) load(key sliceKey, h *hostFile, off, n uint64, needRoom boo
 		<-l.done
 		return l.s, l.err
 	}
-	if needRoom && c.victimLocked(key) == nil {
+	if needRoom && !c.roomLocked(key) {
 		c.mu.Unlock()
 		return nil, errCacheFull
 	}
@@ -169,27 +170,36 @@ func readSlice(key sliceKey, h *hostFile, off, n uint64) (*l2Slice, error) {
 // slicePool holds buffers of one slice, for reading and writing them.
 var slicePool = sync.Pool{New: func() any { b := make([]byte, 1<<tableSliceBits); return &b }}
 
-// victimLocked returns the place that a new slice for key may take, or nil if all of them are dirty or
-// belong to a cut. Precondition: mu.
-func (c *tableCache) victimLocked(key sliceKey) *atomic.Pointer[l2Slice] {
+// roomLocked reports whether there is a place for a new slice with key: an empty one, or one whose slice is
+// neither dirty nor part of a cut. Precondition: mu.
+func (c *tableCache) roomLocked(key sliceKey) bool {
 	set := c.set(key)
-	var victim *atomic.Pointer[l2Slice]
 	for i := range set {
-		s := set[i].Load()
-		if s == nil {
-			return &set[i]
-		}
-		if s.dirty || s.cut {
-			continue
-		}
-		if s.used.Swap(0) == 0 {
-			return &set[i]
-		}
-		if victim == nil {
-			victim = &set[i]
+		if s := set[i].Load(); s == nil || !s.dirty && !s.cut {
+			return true
 		}
 	}
-	return victim
+	return false
+}
+
+// victimLocked returns the place that a new slice for key takes, or nil if there is no room: an empty one, or
+// else the first one from the hand on whose slice was not used since the hand came by. Precondition: mu.
+func (c *tableCache) victimLocked(key sliceKey) *atomic.Pointer[l2Slice] {
+	set := c.set(key)
+	for i := range set {
+		if set[i].Load() == nil {
+			return &set[i]
+		}
+	}
+	// The first round takes the marks away, so the second one finds what the first did not.
+	for range 2 * len(set) {
+		c.hand++
+		place := &set[c.hand%uint(len(set))]
+		if s := place.Load(); !s.dirty && !s.cut && s.used.Swap(0) == 0 {
+			return place
+		}
+	}
+	return nil
 }
 
 // insertLocked makes s resident in place of a clean slice and reports whether there was one.

@@ -209,3 +209,28 @@ type unlockedStorage struct{ crashtest.Storage }
 
 // Lock implements Storage: it grants every role.
 func (unlockedStorage) Lock(LockRole) error { return nil }
+
+// TestTableCacheUsesItsRoom reads half as many slices as the cache has places, twice, and wants the second
+// pass to find nearly all of them: slices go to empty places before any is pushed out.
+func TestTableCacheUsesItsRoom(t *testing.T) {
+	s := NewMemoryStorage()
+	h := newHostFile(s, 0, false)
+	c := newTableCache(4<<20, tableSliceBits)
+	const n = 512
+	misses := [2]int{}
+	for pass := range misses {
+		for i := range uint64(n) {
+			off := i << 16 // as L2 tables of 64 KiB lie
+			key := makeSliceKey(1, off)
+			if c.lookup(key) == nil {
+				misses[pass]++
+			}
+			if _, err := c.get(key, h, off, 1<<tableSliceBits); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if misses[0] != n || misses[1] > n/20 {
+		t.Errorf("misses of the two passes: %d, want %d and at most %d", misses, n, n/20)
+	}
+}

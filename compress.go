@@ -112,8 +112,9 @@ func (c *decodeCache) drop(index uint64) {
 // size, and so is len(p), unless the range ends at the end of the disk: the last cluster is padded with
 // zeros. What the clusters held before is replaced. A cluster that does not shrink is stored plain.
 //
-// It may run beside any other call. What it wrote is durable after the next Sync. Each cluster is replaced
-// whole or not at all; on an error the image holds the clusters before the failing one.
+// It may run beside any other call. What it wrote is durable after the next Sync. Each cluster that shrinks is
+// replaced whole or not at all; one that does not is written as WriteAt does. On an error the image holds the
+// clusters before the failing one.
 //
 // Errors: *OptionError for a range that is not aligned, ErrUnsupported for an image with an external data
 // file, and those of WriteAt. qcow2 spec, "Compressed Clusters Descriptor".

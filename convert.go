@@ -83,6 +83,9 @@ func (c *converter) prepare() error {
 	}
 	c.image, _ = c.dst.(*Image)
 	if c.image != nil {
+		if c.opts.Compress && c.image.m.external {
+			return fmt.Errorf("%w: compressed clusters with an external data file", ErrUnsupported)
+		}
 		c.unit = max(c.unit, int64(c.image.m.clusterSize))
 	} else if c.opts.Compress {
 		return &OptionError{Option: "Compress", Value: true, Reason: "needs a target that is an *Image"}
@@ -101,6 +104,9 @@ func (c *converter) run() error {
 			c.opts.Progress(min(off+convertChunk, c.total), c.total)
 		}
 	}
+	if c.opts.Progress != nil && c.total == 0 {
+		c.opts.Progress(0, 0)
+	}
 	if err := c.zero(c.total, c.dst.Size()-c.total); err != nil {
 		return err
 	}
@@ -114,10 +120,15 @@ func (c *converter) chunk(off, n int64) error {
 	}
 	buf := c.buf[:n]
 	data := false
+	next := off
 	for e, err := range c.src.Extents(off, n) {
+		if err == nil && (e.Off != next || e.Len <= 0 || e.Len > off+n-next) {
+			err = errBadExtents
+		}
 		if err != nil {
 			return err
 		}
+		next += e.Len
 		part := buf[e.Off-off:][:e.Len]
 		if e.Kind == ExtentZero || e.Kind == ExtentUnallocated {
 			clear(part)
@@ -130,6 +141,9 @@ func (c *converter) chunk(off, n int64) error {
 			}
 			return err
 		}
+	}
+	if next != off+n {
+		return errBadExtents
 	}
 	if !data {
 		return c.zero(off, n)

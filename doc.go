@@ -20,18 +20,19 @@
 // # Concurrency
 //
 // All methods of Image may be called from any number of goroutines. Reads, and writes to clusters that are
-// mapped already, take no lock and do not wait for each other; a write that allocates holds its own guest
-// clusters only while it does I/O. Overlapping writes are ordered cluster by cluster, and inside a cluster as
+// mapped already, take no lock where the table slice that maps them is cached, and do not wait for each other; a
+// write that allocates holds its own guest clusters only while it does I/O. Overlapping writes are ordered cluster by cluster, and inside a cluster as
 // the storage orders its own.
 //
 // Locks, outermost first:
 //
-//	requests        the guest clusters that a request holds (requests.go)
-//	  writeback.mu    who writes back (writeback.go); not held during I/O
-//	    Image.mu        the metadata lock: L1 table, allocator, and the order of L2 changes
-//	      tableCache.mu   which slices are cached, dirty or part of a cut (cache.go)
-//	Image.startMu   the first write
-//	decodeCache.mu  the last unpacked clusters
+//	requests            the guest clusters that a request holds (requests.go)
+//	  writeback.mu        who writes back (writeback.go); not held during I/O
+//	  Image.mu            the metadata lock: L1 table, allocator, and the order of L2 changes
+//	    Image.startMu       the marking of bitmaps before the first write
+//	    tableCache.mu       which slices are cached, dirty or part of a cut (cache.go)
+//	      decodeCache.mu      the last unpacked clusters (compress.go)
+//	hostFile.failMu     the first failed sync; requests.mu, who waits for whom: nothing is locked inside
 //
 // Each field says beside it which of them guards it.
 //

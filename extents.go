@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"iter"
@@ -141,7 +142,10 @@ func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
 	}
 	end := e.Off + e.Len
 	if img.backing != nil {
-		for b, err := range img.backing.Extents(e.Off, e.Len) {
+		for b, err := range extentsOf(img.backing, e.Off, e.Len) {
+			if err == nil && (b.Off != e.Off || b.Len <= 0 || b.Len > end-b.Off) {
+				err = errBadExtents
+			}
 			if err != nil {
 				yield(Extent{}, fmt.Errorf("backing file: %w", err))
 				return false
@@ -156,4 +160,15 @@ func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
 	// What lies past the end of the backing disk is nobody's.
 	e.Len = end - e.Off
 	return e.Len <= 0 || yield(e, nil)
+}
+
+// errBadExtents says that a Disk of the caller's yields extents that are not runs without gaps within the range.
+var errBadExtents = errors.New("extents do not follow each other within the range")
+
+// extentsOf is d.Extents, without words that the caller adds.
+func extentsOf(d Disk, off, n int64) iter.Seq2[Extent, error] {
+	if img, ok := d.(*Image); ok {
+		return img.extents(off, n)
+	}
+	return d.Extents(off, n)
 }

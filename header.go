@@ -139,7 +139,7 @@ const (
 	maxBackingName    = 1023
 	maxBackingFormat  = 15
 	l1EntrySize       = 8
-	maxL1Bytes        = 32 << 20 // 2 TiB of 8 KiB clusters, 128 PiB of 2 MiB clusters
+	maxL1Bytes        = 32 << 20 // a disk of 32 TiB with 8 KiB clusters, 2 EiB with 2 MiB clusters
 	maxRefTableBytes  = 8 << 20  // 2 PiB of 64 KiB clusters with 16-bit refcounts
 	maxSnapshots      = 65536
 	maxSnapshotBytes  = 64 << 20 // the whole snapshot table

@@ -6,7 +6,8 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
-	"syscall"
+
+	"github.com/go-qcow2/qcow2/internal/hostfile"
 )
 
 // clusterUse says what a host write is: guest data, or one of the kinds of metadata. Every host write
@@ -29,6 +30,7 @@ type hostFile struct {
 	s      Storage
 	fixed  bool // a block device: cannot grow, never-written bytes are garbage
 	noSync bool // OpenOptions.NoSync
+	locked bool // this open took the image lock; immutable after open
 
 	// pristine is the first host offset in bytes that no write of this open, and nothing in the file
 	// at open, has reached. From there on a growing file reads as zeros, before and after a crash,
@@ -44,6 +46,17 @@ func newHostFile(s Storage, size int64, noSync bool) *hostFile {
 	h := &hostFile{s: s, fixed: s.FixedSize(), noSync: noSync}
 	h.pristine.Store(uint64(size))
 	return h
+}
+
+// release closes the storage if it is owned, and gives a lock back that this open took if not.
+func (h *hostFile) release(owned bool) error {
+	switch {
+	case owned:
+		return h.s.Close()
+	case h.locked:
+		return h.s.Unlock()
+	}
+	return nil
 }
 
 // readFull reads len(p) bytes at off; what lies past the end of the file is zeros, as the format has it
@@ -161,5 +174,5 @@ func (e *failedError) Error() string        { return ErrFailed.Error() + ": " + 
 func (e *failedError) Is(target error) bool { return target == ErrFailed }
 func (e *failedError) Unwrap() error        { return e.err }
 
-// isNoSpace reports whether err says that the host is full.
-func isNoSpace(err error) bool { return errors.Is(err, syscall.ENOSPC) }
+// isNoSpace reports whether err says that the host is full, or its user's share of it.
+func isNoSpace(err error) bool { return hostfile.IsNoSpace(err) }

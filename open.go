@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 // Open opens the image file called name. It opens no other file, unless opts has a Resolver.
@@ -27,7 +28,8 @@ func Open(name string, opts *OpenOptions) (*Image, error) {
 	return open(s, o, &chain{ownsTop: true})
 }
 
-// OpenStorage opens the image in s, which stays the caller's to close after the image.
+// OpenStorage opens the image in s, which stays the caller's to close after the image. A storage has one lock,
+// so it serves one open at a time.
 //
 // Errors: ErrNotQcow2, ErrCorrupt and ErrUnsupported (*HeaderError for a field of the header), ErrEncrypted,
 // ErrLimit, ErrDirty for a writable open of a dirty image, ErrLocked, *FileRequiredError where the image
@@ -55,14 +57,50 @@ func optionsOf(opts *OpenOptions) OpenOptions {
 	}
 	limits := o.Limits.withDefaults()
 	o.Limits = &limits
-	if o.L2CacheBytes <= 0 {
+	limits.ChainDepth = min(limits.ChainDepth, maxChainDepth)
+	if o.L2CacheBytes == 0 {
 		o.L2CacheBytes = defaultL2Cache
 	}
-	if o.RefcountCacheBytes <= 0 {
+	if o.RefcountCacheBytes == 0 {
 		o.RefcountCacheBytes = defaultRefcountCache
 	}
+	o.L2CacheBytes = min(o.L2CacheBytes, maxCacheBytes)
+	o.RefcountCacheBytes = min(o.RefcountCacheBytes, maxCacheBytes)
 	return o
 }
+
+// validate returns all options that are not allowed, joined, or nil. Defaults are filled in.
+func (o *OpenOptions) validate() error {
+	var errs []error
+	refuse := func(option string, value any, reason string) {
+		errs = append(errs, &OptionError{Option: option, Value: value, Reason: reason})
+	}
+	if o.Repair < RepairDefault || o.Repair > RepairNever {
+		refuse("Repair", int(o.Repair), "is no RepairMode")
+	}
+	if o.Lock < LockDefault || o.Lock > LockOff {
+		refuse("Lock", int(o.Lock), "is no LockMode")
+	}
+	if o.Lock == LockShare && o.ReadWrite {
+		refuse("Lock", "LockShare", "is for reading beside a writer, not for ReadWrite")
+	}
+	if o.Backing != nil && o.NoBacking {
+		refuse("NoBacking", true, "contradicts Backing")
+	}
+	if o.L2CacheBytes < 0 {
+		refuse("L2CacheBytes", o.L2CacheBytes, "must not be negative")
+	}
+	if o.RefcountCacheBytes < 0 {
+		refuse("RefcountCacheBytes", o.RefcountCacheBytes, "must not be negative")
+	}
+	return errors.Join(errs...)
+}
+
+// maxChainDepth bounds Limits.ChainDepth: the cache tells images apart by 16 bits.
+const maxChainDepth = 1 << 15
+
+// maxCacheBytes bounds the caches: beyond it lies more than any image's tables that are in use at once.
+const maxCacheBytes = 16 << 30
 
 // Defaults of OpenOptions. 32 MiB of L2 slices map 256 GiB at 64 KiB clusters.
 const (
@@ -83,21 +121,39 @@ func (c *chain) enter(s Storage, limits *Limits) error {
 	if c.depth >= limits.ChainDepth {
 		return fmt.Errorf("%w: %w", ErrChain, &LimitError{Limit: "ChainDepth", Value: int64(c.depth + 1), Max: int64(limits.ChainDepth)})
 	}
-	if id := s.Identity(); id != nil {
-		for _, seen := range c.seen {
-			if seen == id {
-				return fmt.Errorf("%w: a file is its own backing or data file", ErrChain)
-			}
-		}
-		c.seen = append(c.seen, id)
+	if err := c.meet(s); err != nil {
+		return err
 	}
 	c.depth++
 	return nil
 }
 
+// meet refuses a storage that the chain has met, and remembers it.
+func (c *chain) meet(s Storage) error {
+	id := s.Identity()
+	if id == nil {
+		return nil
+	}
+	if slices.Contains(c.seen, id) {
+		return fmt.Errorf("%w: a file is its own backing or data file", ErrChain)
+	}
+	c.seen = append(c.seen, id)
+	return nil
+}
+
+// resolve asks r, and holds it to its contract.
+func resolve(r Resolver, ref FileRef) (Storage, error) {
+	s, err := r.Resolve(ref)
+	if err == nil && s == nil {
+		err = &ResolveError{Ref: ref, Reason: "the resolver returned neither a storage nor an error"}
+	}
+	return s, err
+}
+
 // open opens the image in s. It closes s after an error if the chain owns it.
 func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
-	owns := c.ownsTop || c.depth > 0
+	nested := c.depth > 0
+	owns := c.ownsTop || nested
 	img := &Image{readOnly: !o.ReadWrite, ownsHost: owns, reqs: newRequests()}
 	img.host = &hostFile{s: s}
 	img.data = img.host
@@ -107,8 +163,11 @@ func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
 		if rerr := img.release(); rerr != nil {
 			err = errors.Join(err, rerr)
 		}
-		if c.depth > 1 {
+		switch {
+		case nested:
 			return nil, err
+		case o.Name == "":
+			return nil, fmt.Errorf("qcow2: open: %w", err)
 		}
 		return nil, fmt.Errorf("qcow2: open %s: %w", o.Name, err)
 	}
@@ -117,6 +176,9 @@ func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
 
 // open fills in img. After an error release gives back what it took.
 func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
+	if err := o.validate(); err != nil {
+		return err
+	}
 	if err := c.enter(s, o.Limits); err != nil {
 		return err
 	}
@@ -125,6 +187,7 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	if err != nil {
 		return err
 	}
+	img.host.locked = locked
 	size, err := s.Size()
 	if err != nil {
 		return err
@@ -145,9 +208,8 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	img.hdr, img.size = h, h.virtualSize()
 	img.lazy = h.lazyRefcounts()
 	img.host = newHostFile(s, size, o.NoSync)
+	img.host.locked = locked
 	img.data = img.host
-	img.info = h.info()
-	img.info.Locked = locked
 	if img.snapshots, err = readSnapshotTable(s, size, h, *o.Limits); err != nil {
 		return err
 	}
@@ -163,8 +225,12 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 		return err
 	}
 	if o.ReadWrite {
-		return img.openForWriting(o, size)
+		if err := img.openForWriting(o, size); err != nil {
+			return err
+		}
 	}
+	img.info = h.info()
+	img.info.Locked = locked
 	return nil
 }
 
@@ -173,7 +239,12 @@ func (img *Image) openTables(o OpenOptions, c *chain, id uint16, size uint64) er
 	h := img.hdr
 	g := h.geometry()
 	if c.cache == nil {
-		c.cache = newTableCache(o.L2CacheBytes, g.sliceBits)
+		// The slices of the images below are not known yet; they may be as large as slices get.
+		bits := g.sliceBits
+		if h.hasBacking() {
+			bits = tableSliceBits
+		}
+		c.cache = newTableCache(o.L2CacheBytes, bits)
 	}
 	l1, err := readTable(img.host, h.l1Off, uint64(h.l1Size), size)
 	if err != nil {
@@ -255,28 +326,26 @@ func (img *Image) openData(o OpenOptions, c *chain) error {
 			return &FileRequiredError{Ref: ref, Hint: "OpenOptions.DataFile or OpenOptions.Resolver"}
 		}
 		var err error
-		if s, err = o.Resolver.Resolve(ref); err != nil {
+		if s, err = resolve(o.Resolver, ref); err != nil {
 			return err
 		}
 		img.ownsData = true
 	}
 	img.data = &hostFile{s: s} // for release, if what follows fails
-	if id := s.Identity(); id != nil {
-		for _, seen := range c.seen {
-			if seen == id {
-				return fmt.Errorf("%w: a file is its own backing or data file", ErrChain)
-			}
-		}
-		c.seen = append(c.seen, id)
+	if err := c.meet(s); err != nil {
+		return err
 	}
-	if _, err := lockStorage(s, lockRole(LockRawReader, LockDataWriter, o), o.Lock); err != nil {
+	locked, err := lockStorage(s, lockRole(LockDataReader, LockDataWriter, o), o.Lock)
+	if err != nil {
 		return fmt.Errorf("data file: %w", err)
 	}
+	img.data.locked = locked
 	size, err := s.Size()
 	if err != nil {
 		return fmt.Errorf("data file: %w", err)
 	}
 	img.data = newHostFile(s, size, o.NoSync)
+	img.data.locked = locked
 	return nil
 }
 
@@ -284,6 +353,9 @@ func (img *Image) openData(o OpenOptions, c *chain) error {
 func (img *Image) openBacking(o OpenOptions, c *chain) error {
 	h := img.hdr
 	if o.Backing != nil && c.depth == 1 {
+		if o.ReadWrite && h.rawData() {
+			return &OptionError{Option: "Backing", Value: o.Backing.Size(), Reason: "a raw data file cannot show what lies below, so it is not written over a backing disk"}
+		}
 		img.backing = o.Backing
 		return nil
 	}
@@ -309,7 +381,7 @@ func (img *Image) openBacking(o OpenOptions, c *chain) error {
 	case c.depth >= o.Limits.ChainDepth:
 		return fmt.Errorf("%w: %w", ErrChain, &LimitError{Limit: "ChainDepth", Value: int64(c.depth + 1), Max: int64(o.Limits.ChainDepth)})
 	}
-	s, err := o.Resolver.Resolve(ref)
+	s, err := resolve(o.Resolver, ref)
 	if err != nil {
 		return err
 	}

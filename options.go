@@ -34,7 +34,8 @@ type OpenOptions struct {
 	// return ErrBackingRequired. For information, checks and an unsafe rebase.
 	NoBacking bool
 	// Backing supplies the backing disk, whatever the header names. The caller closes it, after the
-	// image. The header's name is not resolved.
+	// image. The header's name is not resolved. An image that names no backing file takes it too, as a
+	// throw-away overlay does; whoever opens it otherwise sees zeros there.
 	Backing Disk
 	// BackingFormat overrides the format that the header gives for its backing file ("qcow2" or "raw").
 	BackingFormat string
@@ -54,9 +55,10 @@ type OpenOptions struct {
 	// Limits bounds what an image may ask for. Nil: the default of each.
 	Limits *Limits
 	// L2CacheBytes bounds the memory for L2 slices of the whole chain. Default 32 MiB, minimum two
-	// slices.
+	// slices, maximum 16 GiB.
 	L2CacheBytes int64
-	// RefcountCacheBytes bounds the memory for refcount block slices. Default 1 MiB, minimum two slices.
+	// RefcountCacheBytes bounds the memory for refcount block slices. Default 1 MiB, minimum two slices,
+	// maximum 16 GiB.
 	RefcountCacheBytes int64
 
 	test testHooks // breaks orderings on purpose, for the crash tests
@@ -103,8 +105,9 @@ type CreateOptions struct {
 	// RefcountBits is the width of a refcount: 1, 2, 4, ... 64. Default 16, the only one of version 2.
 	RefcountBits int
 	// BackingFile and BackingFormat are the name and format ("qcow2", "raw", ...) that the header gives
-	// for the backing file; the format is required with the name. The file is opened only if a
-	// Resolver or Open.Backing is given in Open.
+	// for the backing file; the format is required with the name. The file is opened only if
+	// Open.Resolver or Open.Backing is given; without, the new image is open as with Open.NoBacking:
+	// reads, and writes of parts of clusters, return ErrBackingRequired.
 	BackingFile   string
 	BackingFormat string
 	// DataFile is the name of the external data file that the header gives. The storage itself comes

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -14,7 +16,7 @@ type Image struct {
 	m    *mapper
 	host *hostFile // the image file
 	data *hostFile // where guest data is: the image file, or the external data file
-	hdr  *header   // fixed after open, but for incompatible and autoclear, which the metadata lock guards
+	hdr  *header   // fixed after open, but for incompatible and the refcount table's place, which mu guards
 	size uint64    // of the disk in bytes
 	info Info      // as of open
 
@@ -57,7 +59,14 @@ func opError(op string, off int64, n int, err error) error {
 func (img *Image) Size() int64 { return int64(img.size) }
 
 // Info describes the image as it was opened.
-func (img *Image) Info() Info { return img.info }
+func (img *Image) Info() Info {
+	info := img.info
+	info.UnknownIncompatible = slices.Clone(info.UnknownIncompatible)
+	info.UnknownCompatible = slices.Clone(info.UnknownCompatible)
+	info.UnknownAutoclear = slices.Clone(info.UnknownAutoclear)
+	info.UnknownExtensions = slices.Clone(info.UnknownExtensions)
+	return info
+}
 
 // Backing returns the disk below the image, or nil.
 func (img *Image) Backing() Disk { return img.backing }
@@ -156,7 +165,7 @@ func (img *Image) readBacking(p []byte, guestOff uint64) error {
 		return nil
 	}
 	inside := p[:min(uint64(len(p)), size-guestOff)]
-	n, err := img.backing.ReadAt(inside, int64(guestOff))
+	n, err := readBelow(img.backing, inside, int64(guestOff))
 	if n < len(inside) {
 		if err == nil || err == io.EOF {
 			err = io.ErrUnexpectedEOF
@@ -165,6 +174,14 @@ func (img *Image) readBacking(p []byte, guestOff uint64) error {
 	}
 	clear(p[len(inside):])
 	return nil
+}
+
+// readBelow is d.ReadAt, without words that the caller adds.
+func readBelow(d Disk, p []byte, off int64) (int, error) {
+	if img, ok := d.(*Image); ok {
+		return img.readAt(p, off)
+	}
+	return d.ReadAt(p, off)
 }
 
 // WriteAt is io.WriterAt. It never grows the disk: a range that does not lie within it is ErrRange, and
@@ -319,7 +336,7 @@ func (img *Image) Close() error {
 }
 
 // Abandon closes the image without writing anything back: what was not synced may be lost, the image stays
-// consistent. It waits for calls in flight.
+// consistent, as after a crash: with lazy refcounts the dirty bit stays set. It waits for calls in flight.
 func (img *Image) Abandon() error {
 	if img.closed.Swap(true) {
 		return fmt.Errorf("qcow2: abandon: %w", fs.ErrClosed)
@@ -390,78 +407,89 @@ func (img *Image) release() error {
 		errs = append(errs, c.Close())
 	}
 	if img.data != img.host {
-		if img.ownsData {
-			errs = append(errs, img.data.s.Close())
-		} else {
-			errs = append(errs, img.data.s.Unlock())
-		}
+		errs = append(errs, img.data.release(img.ownsData))
 	}
-	if img.ownsHost {
-		errs = append(errs, img.host.s.Close())
-	} else {
-		errs = append(errs, img.host.s.Unlock())
-	}
+	errs = append(errs, img.host.release(img.ownsHost))
 	return errors.Join(errs...)
 }
 
 // ReadVecAt reads consecutive guest bytes from off on into the buffers of v, as a ReadAt of all of them
-// would.
+// would. Short buffers are read together.
 func (img *Image) ReadVecAt(v [][]byte, off int64) (int, error) {
-	done := 0
-	for _, p := range v {
-		n, err := img.ReadAt(p, off+int64(done))
-		done += n
-		if err != nil {
-			return done, err
-		}
+	total, err := img.vecLength(v, off)
+	if err == nil && total == 0 {
+		return img.ReadAt(nil, off)
 	}
-	return done, nil
+	if err != nil {
+		return 0, opError("read", off, total, err)
+	}
+	return img.vectored(v, off, func(p []byte, parts [][]byte, at int64) (int, error) {
+		n, err := img.ReadAt(p, at)
+		for rest := p[:n]; len(parts) > 0 && len(rest) > 0; parts = parts[1:] {
+			rest = rest[copy(parts[0], rest):]
+		}
+		return n, err
+	})
 }
 
-// vecChunk is the most that WriteVecAt copies together.
+// WriteVecAt writes the buffers of v to consecutive guest bytes from off on, as a WriteAt of all of them
+// would. Short buffers are written together, so that a cluster that must be allocated is filled once.
+func (img *Image) WriteVecAt(v [][]byte, off int64) (int, error) {
+	total, err := img.vecLength(v, off)
+	if err == nil {
+		err = img.checkWrite(off, total)
+	}
+	if err != nil {
+		return 0, opError("write", off, total, err)
+	}
+	return img.vectored(v, off, func(p []byte, parts [][]byte, at int64) (int, error) {
+		rest := p
+		for _, q := range parts {
+			rest = rest[copy(rest, q):]
+		}
+		return img.WriteAt(p, at)
+	})
+}
+
+// vecLength returns the sum of the lengths of v. One that cannot be within a disk, or counted, is ErrRange.
+func (img *Image) vecLength(v [][]byte, off int64) (int, error) {
+	total := 0
+	for _, p := range v {
+		if len(p) > math.MaxInt-total {
+			return 0, ErrRange
+		}
+		total += len(p)
+	}
+	if off < 0 {
+		return total, ErrRange
+	}
+	return total, nil
+}
+
+// vecChunk is the most bytes that a vectored call moves together by copying.
 const vecChunk = 1 << 20
 
-// WriteVecAt writes the buffers of v to consecutive guest bytes from off on, as a WriteAt of all of them
-// would. Buffers that are shorter than a cluster are written together, so that a cluster that must be
-// allocated is filled once.
-func (img *Image) WriteVecAt(v [][]byte, off int64) (int, error) {
-	total := uint64(0)
-	for _, p := range v {
-		total += uint64(len(p))
-	}
-	if err := img.checkWrite(off, 0); err != nil {
-		return 0, opError("write", off, int(total), err)
-	}
-	if total > img.size-uint64(off) {
-		return 0, opError("write", off, int(total), fmt.Errorf("%w of %d bytes", ErrRange, img.size))
-	}
+// vectored calls do for the buffers of v one after the other: for a long one itself, with parts nil, and for
+// short ones that follow each other with a buffer that stands for all of parts. It ends with the first error, or
+// with the first call that did less than asked for.
+func (img *Image) vectored(v [][]byte, off int64, do func(p []byte, parts [][]byte, at int64) (int, error)) (int, error) {
 	done := 0
 	for len(v) > 0 {
-		if uint64(len(v[0])) >= img.m.clusterSize || len(v) == 1 {
-			n, err := img.WriteAt(v[0], off+int64(done))
-			done += n
-			if err != nil {
-				return done, err
-			}
-			v = v[1:]
-			continue
-		}
-		k, n := 0, 0
-		for k < len(v) && uint64(len(v[k])) < img.m.clusterSize && n+len(v[k]) <= vecChunk {
+		k, n := 1, len(v[0])
+		for k < len(v) && n+len(v[k]) <= vecChunk {
 			n += len(v[k])
 			k++
 		}
-		if k == 0 {
-			k, n = 1, len(v[0])
+		var got int
+		var err error
+		if k == 1 {
+			got, err = do(v[0], nil, off+int64(done))
+		} else {
+			buf := getBuffer(uint64(n))
+			got, err = do(*buf, v[:k], off+int64(done))
+			putBuffer(buf)
 		}
-		buf := getBuffer(uint64(n))
-		joined := (*buf)[:0]
-		for _, p := range v[:k] {
-			joined = append(joined, p...)
-		}
-		n, err := img.WriteAt(joined, off+int64(done))
-		putBuffer(buf)
-		done += n
+		done += got
 		if err != nil {
 			return done, err
 		}

@@ -10,13 +10,6 @@ import (
 	"syscall"
 )
 
-// maxHostOffset is the first host offset that no entry can name: 2^56. qcow2 spec, "Cluster mapping".
-const maxHostOffset = 1 << 56
-
-// maxRefcountTableBytes is the largest refcount table that QEMU opens, 8 MiB. It still describes 64 TiB
-// of host file with 512-byte clusters and 64-bit refcounts is far below: 2 GiB there, 2 PiB by default.
-const maxRefcountTableBytes = 8 << 20
-
 // refcountSize is how large a refcount structure must be.
 type refcountSize struct {
 	blocks        uint64 // refcount blocks
@@ -33,7 +26,7 @@ type refcountSize struct {
 func (g *geometry) sizeRefcounts(firstBlock, clusters uint64, slack bool) (refcountSize, error) {
 	perBlock := uint64(1) << g.refBlockBits
 	perTable := g.clusterSize / 8
-	maxTable := uint64(max(maxRefcountTableBytes>>g.clusterBits, 1))
+	maxTable := uint64(max(maxRefTableBytes>>g.clusterBits, 1))
 	s := refcountSize{blocks: 0, tableClusters: 1}
 	for {
 		blocks := (clusters + s.blocks + s.tableClusters + perBlock - 1) / perBlock
@@ -41,7 +34,7 @@ func (g *geometry) sizeRefcounts(firstBlock, clusters uint64, slack bool) (refco
 		table := (entries + perTable - 1) / perTable
 		if table > maxTable {
 			return s, fmt.Errorf("%w: a refcount table of %d clusters of %d bytes exceeds %d bytes",
-				ErrTooLarge, table, g.clusterSize, maxRefcountTableBytes)
+				ErrTooLarge, table, g.clusterSize, maxRefTableBytes)
 		}
 		if slack {
 			table = min((entries+entries/2+perTable-1)/perTable, maxTable)
@@ -156,7 +149,7 @@ type allocator struct {
 	h        *hostFile
 	max      uint64 // largest refcount
 	capacity int    // number of slices in memory
-	limit    uint64 // clusters of the host file if it cannot grow; else that of maxHostOffset
+	limit    uint64 // clusters of the host file if it cannot grow; else that of maxHostOff
 
 	table         *table // refcount table
 	tableOff      uint64 // its host offset
@@ -202,7 +195,7 @@ func newAllocator(g geometry, h *hostFile, t *table, off, clusters uint64, cache
 		table: t, tableOff: off, tableClusters: clusters,
 		slices:   make(map[uint64]*refcountSlice),
 		capacity: int(max(cacheBytes>>g.sliceBits, 2)),
-		limit:    maxHostOffset >> g.clusterBits,
+		limit:    maxHostOff >> g.clusterBits,
 	}
 	if h.fixed {
 		a.limit = min(a.limit, uint64(size)>>g.clusterBits)
@@ -239,7 +232,7 @@ func (a *allocator) slice(ci uint64) (*refcountSlice, uint64, error) {
 
 // checkBlock refuses a refcount table entry that cannot be one.
 func (a *allocator) checkBlock(block, index uint64) error {
-	if a.g.offsetInCluster(block) != 0 || block == 0 || block >= maxHostOffset {
+	if a.g.offsetInCluster(block) != 0 || block == 0 || block >= maxHostOff {
 		return &CorruptError{
 			What:    fmt.Sprintf("refcount table entry %d is %#x: not the offset of a cluster", index, block),
 			HostOff: int64(a.tableOff + 8*index), GuestOff: noOffset,

@@ -146,7 +146,7 @@ func TestSizeRefcounts(t *testing.T) {
 			s, err := g.sizeRefcounts(first, clusters, false)
 			if err != nil {
 				// Only where the table really is too long.
-				if need := first + clusters/perBlock; need*8 < maxRefcountTableBytes/2 || !errors.Is(err, ErrTooLarge) {
+				if need := first + clusters/perBlock; need*8 < maxRefTableBytes/2 || !errors.Is(err, ErrTooLarge) {
 					t.Fatalf("%s: %d clusters after %d blocks: %v", name, clusters, first, err)
 				}
 				continue
@@ -164,7 +164,7 @@ func TestSizeRefcounts(t *testing.T) {
 			if !enough(first, clusters, wide.blocks, wide.tableClusters) || wide.tableClusters < s.tableClusters {
 				t.Fatalf("%s: %d clusters after %d blocks: with slack %+v", name, clusters, first, wide)
 			}
-			full := wide.tableClusters<<g.clusterBits >= maxRefcountTableBytes
+			full := wide.tableClusters<<g.clusterBits >= maxRefTableBytes
 			if !full && wide.tableClusters*perTable*2 < 3*(first+wide.blocks)-2 {
 				t.Fatalf("%s: %d clusters after %d blocks: %+v has no slack", name, clusters, first, wide)
 			}

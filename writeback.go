@@ -17,6 +17,8 @@ import (
 //	round 3  L2 slices, L1 entries                                               sync, if there are any
 //	then     references that the cut dropped are lowered and written, unsynced
 //
+// With lazy refcounts, round 1 writes the header's dirty bit instead of the refcounts, which follow at Close.
+//
 // What a crash leaves between any two host operations:
 //
 //   - Before the sync of round 1 ended: any part of the refcounts, data and new tables of the cut, which

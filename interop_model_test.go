@@ -1,7 +1,6 @@
 package qcow2_test
 
 import (
-	"bytes"
 	"fmt"
 	"slices"
 
@@ -214,8 +213,17 @@ const (
 	noisyPattern    = 100
 )
 
-// interopPattern returns one period of a pattern.
-func interopPattern(pattern int) []byte {
+// interopPeriods holds one period of every pattern, by number. It is read-only.
+var interopPeriods = func() map[int][]byte {
+	periods := make(map[int][]byte)
+	for i := range interopPatterns {
+		periods[i], periods[i+noisyPattern] = makeInteropPattern(i), makeInteropPattern(i+noisyPattern)
+	}
+	return periods
+}()
+
+// makeInteropPattern makes one period of a pattern.
+func makeInteropPattern(pattern int) []byte {
 	period, run := 1009, 4
 	if pattern >= noisyPattern {
 		period, run = 70001, 1
@@ -231,10 +239,11 @@ func interopPattern(pattern int) []byte {
 	return p
 }
 
-// content returns the bytes that the operation writes.
-func (o interopOp) content() []byte {
-	p := interopPattern(o.pattern)
-	return bytes.Repeat(p, int(o.n)/len(p)+1)[:o.n]
+// fill makes p what the operation writes.
+func (o interopOp) fill(p []byte) {
+	for n := copy(p, interopPeriods[o.pattern]); n < len(p); {
+		n += copy(p[n:], interopPeriods[o.pattern])
+	}
 }
 
 // interopUnit is what a subcluster, or without extended L2 a cluster, is expected to be.
@@ -320,7 +329,7 @@ func (m *interopModel) apply(o interopOp) {
 	}
 	switch o.kind {
 	case opWrite:
-		copy(m.data[o.off:], o.content())
+		o.fill(m.data[o.off : o.off+o.n])
 		for c := first; c <= last; c++ {
 			if m.units[c*(m.clusterSize/m.unit)] == unitCompressed {
 				m.set(c, unitData, true)
@@ -331,7 +340,7 @@ func (m *interopModel) apply(o interopOp) {
 			m.units[u] = unitData
 		}
 	case opCompressed:
-		copy(m.data[o.off:], o.content())
+		o.fill(m.data[o.off : o.off+o.n])
 		for c := first; c <= last; c++ {
 			m.set(c, unitCompressed, false)
 		}

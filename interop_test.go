@@ -57,7 +57,7 @@ func newInteropEnv(t *testing.T, cases []interopCase) *interopEnv {
 	e := &interopEnv{dir: t.TempDir(), backing: make(map[string]interopBacking)}
 	for i := range interopPatterns {
 		for _, i := range []int{i, i + noisyPattern} {
-			if err := os.WriteFile(e.patternFile(i), interopPattern(i), 0o600); err != nil {
+			if err := os.WriteFile(e.patternFile(i), interopPeriods[i], 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -83,7 +83,7 @@ func newInteropEnv(t *testing.T, cases []interopCase) *interopEnv {
 		step := size/11/512*512 + 512
 		for off := int64(0); off < size; off += step {
 			n := min(step*2/3/512*512, size-off)
-			copy(b.content[off:], interopOp{off: off, n: n, pattern: interopPatterns - 1}.content())
+			interopOp{pattern: interopPatterns - 1}.fill(b.content[off:][:n])
 		}
 		path := filepath.Join(e.dir, name)
 		if b.format == "qcow2" {
@@ -157,6 +157,7 @@ type interopRun struct {
 	m         *interopModel
 	snapshots []*interopModel // as QEMU made them: s1, s2
 	pattern   int             // of the next write
+	scratch   []byte          // what is being written
 	rng       *rand.Rand
 }
 
@@ -171,11 +172,15 @@ func newInteropRun(t *testing.T, env *interopEnv, c interopCase, direction strin
 	if c.data {
 		r.dataPath = r.path + ".data"
 	}
+	// The cleanup must not hold r: package testing keeps cleanups, and with them the disks of all models, until
+	// the last of the parallel tests has ended.
+	paths := []string{r.path, r.rawPath}
+	if r.dataPath != "" {
+		paths = append(paths, r.dataPath)
+	}
 	t.Cleanup(func() {
-		for _, p := range []string{r.path, r.rawPath, r.dataPath} {
-			if p != "" {
-				os.Remove(p)
-			}
+		for _, p := range paths {
+			os.Remove(p)
 		}
 	})
 	qemutest.Dump(t, r.path, r.rawPath, r.path+".data")
@@ -458,8 +463,11 @@ func (r *interopRun) byUs(ops []interopOp) {
 func (r *interopRun) write(img *qcow2.Image, ops []interopOp) {
 	r.Helper()
 	for _, o := range ops {
+		// Not a part of the model, which the library must have no way to change.
+		r.scratch = slices.Grow(r.scratch[:0], int(o.n))[:o.n]
+		o.fill(r.scratch)
 		if o.kind == opCompressed {
-			err := img.WriteCompressed(o.content(), o.off)
+			err := img.WriteCompressed(r.scratch, o.off)
 			switch {
 			case !r.interopCase.data && err != nil:
 				r.Fatal(err)
@@ -470,7 +478,7 @@ func (r *interopRun) write(img *qcow2.Image, ops []interopOp) {
 			}
 		}
 		if o.kind == opWrite {
-			if _, err := img.WriteAt(o.content(), o.off); err != nil {
+			if _, err := img.WriteAt(r.scratch, o.off); err != nil {
 				r.Fatal(err)
 			}
 		}
@@ -511,7 +519,7 @@ func (r *interopRun) expectRead(when string, roles bool) {
 	r.close(img)
 }
 
-// interopBuffers holds []byte for whole disks.
+// interopBuffers holds *[]byte for whole disks.
 var interopBuffers sync.Pool
 
 // expectDisk compares an open image with the model: content as a whole and at random offsets, extents, and
@@ -521,9 +529,13 @@ func (r *interopRun) expectDisk(when string, img *qcow2.Image) interopTally {
 	if img.Size() != int64(len(r.m.data)) {
 		r.Fatalf("%s: size %d, want %d", when, img.Size(), len(r.m.data))
 	}
-	pooled, _ := interopBuffers.Get().([]byte)
-	got := slices.Grow(pooled[:0], len(r.m.data)+1)[:len(r.m.data)+1]
-	defer interopBuffers.Put(got)
+	pooled, ok := interopBuffers.Get().(*[]byte)
+	if !ok {
+		pooled = new([]byte)
+	}
+	defer interopBuffers.Put(pooled)
+	*pooled = slices.Grow((*pooled)[:0], len(r.m.data)+1)
+	got := (*pooled)[:len(r.m.data)+1]
 	if n, err := img.ReadAt(got, 0); n != len(r.m.data) || err != io.EOF {
 		r.Fatalf("%s: ReadAt past the end: %d, %v, want %d, EOF", when, n, err, len(r.m.data))
 	}
@@ -575,7 +587,8 @@ func (r *interopRun) expectFile(when, path string, m *interopModel) {
 		r.Fatal(err)
 	}
 	defer f.Close()
-	buf := make([]byte, 256<<10)
+	r.scratch = slices.Grow(r.scratch[:0], 256<<10)
+	buf := r.scratch[:256<<10]
 	off := 0
 	for {
 		n, err := io.ReadFull(f, buf)

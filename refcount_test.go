@@ -178,7 +178,6 @@ type allocatorModel struct {
 	a       *allocator
 	refs    map[uint64]uint64 // of clusters that are not 0
 	top     uint64            // no cluster at or above it has a refcount
-	tables  map[uint64]bool   // table entries that are known
 	payload map[uint64]uint64 // host offset and length of compressed payloads, those included that
 	dropped map[uint64]bool   // were dropped and not released yet
 	runs    []clusterRun      // allocated by alloc

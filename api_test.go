@@ -784,6 +784,7 @@ func TestConvertTargets(t *testing.T) {
 	content := text(1, size)
 	clear(content[apiCluster : 2*apiCluster])
 	clear(content[3*apiCluster+100 : 4*apiCluster])
+	clear(content[2*apiCluster : 2*apiCluster+20000]) // a cluster that begins with zeros is still written whole
 	for _, more := range []int64{0, 512, 3*apiCluster - 1536, 5 * apiCluster} {
 		for _, compress := range []bool{false, true} {
 			for _, below := range []bool{false, true} {

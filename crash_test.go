@@ -31,7 +31,7 @@ const (
 
 // crashFinding is something that a crash must not leave.
 type crashFinding struct {
-	invariant string // "I1" ... "I8" of the design, or "oracle" where the readers disagree, or "qemu"
+	invariant string // "I1" ... of docs/GUARANTEES.md, or "oracle" where the readers disagree, or "qemu"
 	detail    string
 }
 
@@ -720,7 +720,8 @@ func runCrashWorkloads(t *testing.T, firstSeed uint64, perWorkload, perRun int) 
 	}
 }
 
-// TestCrash looks at a slice of the crash states of every workload. What must hold is in DESIGN.md, section 4.
+// TestCrash looks at a slice of the crash states of every workload. What must hold is in
+// docs/GUARANTEES.md.
 func TestCrash(t *testing.T) {
 	n := 1000
 	if testing.Short() {

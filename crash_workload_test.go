@@ -59,7 +59,7 @@ func (c *crashConfig) String() string {
 		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers)
 }
 
-// crashWorkloads are the workloads. Together they hold what issue and design name: allocation, rewriting
+// crashWorkloads are the workloads. Together they hold what docs/GUARANTEES.md speaks of: allocation, rewriting
 // in every form, compression, growth of every table, backing files, subclusters, data files, lazy refcounts,
 // syncs beside writers, a host without space, and the life of an image from Create to Close.
 func crashWorkloads() []crashWorkload {

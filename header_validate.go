@@ -7,8 +7,8 @@ import (
 )
 
 // validate checks the header against the format and the limits, and returns the first violation as a
-// *HeaderError, or nil. Limits that are zero have their defaults. Nothing here says whether the file holds what the header points at: tables
-// past its end read as zeros.
+// *HeaderError, or nil. Limits that are zero have their defaults. Nothing here says whether the file holds
+// what the header points at: tables past its end read as zeros.
 func (h *header) validate(limits Limits) error {
 	for err := range h.violations(limits) {
 		return err

@@ -213,7 +213,7 @@ func (s *FileStorage) Lock(role LockRole) error {
 // Unlock implements Storage. Without a lock it does nothing.
 func (s *FileStorage) Unlock() error { return s.Lock(LockNone) }
 
-// imageLocks is what each role uses and denies: FORMAT.md, section 5. Reading consistent data is
+// imageLocks is what each role uses and denies: docs/LOCKS.md. Reading consistent data is
 // denied by nobody, but all who use it test for that.
 var imageLocks = map[LockRole]hostfile.ImageLock{
 	LockNone:      {},

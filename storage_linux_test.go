@@ -36,7 +36,7 @@ func rawReadWriter(b *testing.B, name string) rawFile {
 // allLockBytes is every byte that image locks use.
 var allLockBytes = []int64{100, 101, 102, 103, 200, 201, 202, 203}
 
-// lockRows is FORMAT.md, section 5: what each role holds and tests, and how qemu-io is brought to open
+// lockRows is the table of docs/LOCKS.md: what each role holds and tests, and how qemu-io is brought to open
 // the file of that role. The file is one of lockFiles.
 var lockRows = []struct {
 	role   LockRole

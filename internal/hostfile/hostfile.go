@@ -54,7 +54,7 @@ func (p Perms) String() string {
 //
 // It lies in the file as open-file-description read locks of one byte each: byte 100+i while
 // permission i is used, byte 200+i while it is denied. Two users conflict when one uses what the other
-// denies, which each finds by testing the bytes of the other kind. FORMAT.md, section 5.
+// denies, which each finds by testing the bytes of the other kind. docs/LOCKS.md.
 type ImageLock struct {
 	Used   Perms
 	Denied Perms

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/go-qcow2/qcow2/internal/qemutest"
+
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -207,7 +209,7 @@ func TestCreateStorageRefuses(t *testing.T) {
 // TestCreateLocked overwrites images that somebody has open: they stay what they are.
 func TestCreateLocked(t *testing.T) {
 	if runtime.GOOS != "linux" {
-		t.Skip("no image locks")
+		t.Skip("SKIPPED: image locks are Linux's alone")
 	}
 	for _, readWrite := range []bool{false, true} {
 		dir := t.TempDir()
@@ -225,7 +227,7 @@ func TestCreateLocked(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !img.Info().Locked {
-			t.Skip("the file system has no locks")
+			qemutest.Missing(t, "no image locks here")
 		}
 		want := dirContents(t, dir)
 		// The image, and the data file of another one.

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/go-qcow2/qcow2/internal/qemutest"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/go-qcow2/qcow2"
@@ -33,10 +35,7 @@ func TestCloseEndsLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := first.Lock(qcow2.LockWriter); errors.Is(err, errors.ErrUnsupported) {
-		if os.Getenv("QCOW2_REQUIRE_QEMU") == "1" {
-			t.Fatalf("QCOW2_REQUIRE_QEMU=1, but there are no image locks here: %v", err)
-		}
-		t.Skip("SKIPPED: the file system has no image locks")
+		qemutest.Missing(t, "no image locks here: %v", err)
 	} else if err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/go-qcow2/qcow2/internal/qemutest"
+
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
@@ -71,14 +73,7 @@ var lockConflicts = map[LockRole]map[LockRole]bool{
 // storageQEMU makes the files of lockRows in a new directory, by qemu-img.
 func storageQEMU(t *testing.T) (dir string) {
 	t.Helper()
-	for _, tool := range []string{"qemu-img", "qemu-io"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			if os.Getenv("QCOW2_REQUIRE_QEMU") == "1" {
-				t.Fatalf("QCOW2_REQUIRE_QEMU=1: %v", err)
-			}
-			t.Skipf("NOT TESTED against QEMU: %v", err)
-		}
-	}
+	qemutest.Require(t)
 	dir = t.TempDir()
 	for _, args := range [][]string{
 		{"-f", "qcow2", "q.qcow2", "1M"},

@@ -40,12 +40,20 @@ func Require(t testing.TB) {
 	t.Helper()
 	for _, tool := range []string{"qemu-img", "qemu-io"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			if os.Getenv(requireEnv) == "1" {
-				t.Fatalf("%s=1, but: %v", requireEnv, err)
-			}
-			t.Skipf("SKIPPED, NOTHING COMPARED WITH QEMU: %v (Debian: apt-get install qemu-utils)", err)
+			Missing(t, "%v (Debian: apt-get install qemu-utils)", err)
 		}
 	}
+}
+
+// Missing skips the test, loudly, because the machine lacks something that it needs; or fails it if
+// QCOW2_REQUIRE_QEMU is "1", where nothing may be lacking.
+func Missing(t testing.TB, format string, args ...any) {
+	t.Helper()
+	what := fmt.Sprintf(format, args...)
+	if os.Getenv(requireEnv) == "1" {
+		t.Fatalf("%s=1, but: %s", requireEnv, what)
+	}
+	t.Skipf("SKIPPED, NOTHING COMPARED: %s", what)
 }
 
 // result is what a tool printed and how it ended.

@@ -10,22 +10,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/go-qcow2/qcow2/internal/qemutest"
+
 	"github.com/google/go-cmp/cmp"
 )
-
-// needQEMU skips the test where QEMU's tools are not installed, and fails it where
-// QCOW2_REQUIRE_QEMU=1 says that they must be.
-func needQEMU(t *testing.T) {
-	t.Helper()
-	for _, tool := range []string{"qemu-img", "qemu-io"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			if os.Getenv("QCOW2_REQUIRE_QEMU") == "1" {
-				t.Fatalf("QCOW2_REQUIRE_QEMU=1, but: %v", err)
-			}
-			t.Skipf("SKIPPED, NOTHING WAS COMPARED WITH QEMU: %v", err)
-		}
-	}
-}
 
 // run runs a tool in dir, and fails the test if it does.
 func run(t *testing.T, dir, tool string, args ...string) {
@@ -218,7 +206,7 @@ func matrix() []made {
 
 // TestAgainstQEMU walks and reads images that QEMU made, and compares with qemu-img check and convert.
 func TestAgainstQEMU(t *testing.T) {
-	needQEMU(t)
+	qemutest.Require(t)
 	for _, m := range matrix() {
 		t.Run(m.name, func(t *testing.T) {
 			t.Parallel()

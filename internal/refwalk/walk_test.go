@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/go-qcow2/qcow2/internal/qemutest"
+
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -155,7 +157,7 @@ func TestWalkDamage(t *testing.T) {
 			continue
 		}
 		t.Run(tt.name+"/qemu", func(t *testing.T) {
-			needQEMU(t)
+			qemutest.Require(t)
 			name := filepath.Join(t.TempDir(), "img.qcow2")
 			if err := os.WriteFile(name, tt.poke(literal()), 0o600); err != nil {
 				t.Fatal(err)

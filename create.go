@@ -3,7 +3,6 @@ package qcow2
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -116,7 +115,7 @@ type creation struct {
 	host      *hostFile // the image file
 	data      *hostFile // the external data file, or nil
 	ownsData  bool      // data came from the resolver
-	below     Image     // holds the backing disk, if one was opened, and nothing else
+	below     backing
 	wereEmpty []Storage // those of host and data that were empty
 }
 
@@ -197,8 +196,8 @@ func (n *creation) prepare(c *chain) (err error) {
 		// The cache is that of the whole chain, whose slices may be as large as slices get.
 		c.cache = newTableCache(open.L2CacheBytes, tableSliceBits)
 	}
-	n.below.hdr = n.h
-	return n.below.openBacking(*open, c)
+	n.below, err = openBacking(n.h, *open, c)
+	return err
 }
 
 // diskUses reports whether the disk, or one below it, lies in a storage with one of the identities.
@@ -209,7 +208,7 @@ func diskUses(d Disk, ids []any) bool {
 	}
 	switch d := d.(type) {
 	case *Image:
-		return in(d.host.s) || in(d.data.s) || diskUses(d.backing, ids)
+		return in(d.host.s) || in(d.data.s) || diskUses(d.below.disk, ids)
 	case *RawDisk:
 		return in(d.s)
 	case *ownedRaw:
@@ -282,14 +281,14 @@ func (n *creation) open(c *chain) (*Image, error) {
 	if n.data != nil {
 		o.DataFile = n.data.s
 	}
-	if n.below.backing != nil {
-		o.Backing = n.below.backing
+	if n.below.disk != nil {
+		o.Backing = n.below.disk
 	}
 	img, err := open(n.host.s, o, &chain{cache: c.cache, ownsTop: c.ownsTop})
 	if err != nil {
 		return nil, err
 	}
-	img.ownsData, img.ownsBacking = n.ownsData, n.below.ownsBacking
+	img.ownsData, img.below.owned = n.ownsData, n.below.owned
 	return img, nil
 }
 
@@ -310,9 +309,7 @@ func (n *creation) empty() {
 // release gives the data file and the backing disk back.
 func (n *creation) release() error {
 	var errs []error
-	if c, ok := n.below.backing.(io.Closer); ok && n.below.ownsBacking {
-		errs = append(errs, c.Close())
-	}
+	errs = append(errs, n.below.release())
 	if n.data != nil {
 		errs = append(errs, n.data.release(n.ownsData))
 	}

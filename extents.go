@@ -136,13 +136,13 @@ func (img *Image) mapped(off, n uint64) (extent, error) {
 // extentsBelow yields the state of e's range, which the image does not hold, from the backing disk. It
 // reports whether to go on.
 func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
-	if img.noBacking != nil {
-		yield(Extent{}, img.noBacking)
+	if img.below.missing != nil {
+		yield(Extent{}, img.below.missing)
 		return false
 	}
 	end := e.Off + e.Len
-	if img.backing != nil {
-		for b, err := range extentsOf(img.backing, e.Off, e.Len) {
+	if img.below.disk != nil {
+		for b, err := range extentsOf(img.below.disk, e.Off, e.Len) {
 			if err == nil && (b.Off != e.Off || b.Len <= 0 || b.Len > end-b.Off) {
 				err = errBadExtents
 			}

@@ -221,7 +221,7 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 			return err
 		}
 	}
-	if err := img.openBacking(o, c); err != nil {
+	if img.below, err = openBacking(h, o, c); err != nil {
 		return err
 	}
 	if o.ReadWrite {
@@ -349,18 +349,31 @@ func (img *Image) openData(o OpenOptions, c *chain) error {
 	return nil
 }
 
-// openBacking opens the backing disk, and those below it.
-func (img *Image) openBacking(o OpenOptions, c *chain) error {
-	h := img.hdr
+// backing is what lies below an image. Its zero value is nothing.
+type backing struct {
+	disk    Disk  // nil: none
+	owned   bool  // the library closes disk
+	missing error // for reads of what a backing file holds that was not opened
+}
+
+// release closes the disk, if it is the library's to close.
+func (b *backing) release() error {
+	if c, ok := b.disk.(io.Closer); ok && b.owned {
+		return c.Close()
+	}
+	return nil
+}
+
+// openBacking opens what lies below an image with header h.
+func openBacking(h *header, o OpenOptions, c *chain) (b backing, err error) {
 	if o.Backing != nil && c.depth == 1 {
 		if o.ReadWrite && h.rawData() {
-			return &OptionError{Option: "Backing", Value: o.Backing.Size(), Reason: "a raw data file cannot show what lies below, so it is not written over a backing disk"}
+			return b, &OptionError{Option: "Backing", Value: o.Backing.Size(), Reason: "a raw data file cannot show what lies below, so it is not written over a backing disk"}
 		}
-		img.backing = o.Backing
-		return nil
+		return backing{disk: o.Backing}, nil
 	}
 	if !h.hasBacking() {
-		return nil
+		return b, nil
 	}
 	format := h.backingFormat
 	if o.BackingFormat != "" && c.depth == 1 {
@@ -370,27 +383,26 @@ func (img *Image) openBacking(o OpenOptions, c *chain) error {
 	required := &FileRequiredError{Ref: ref, Hint: "OpenOptions.Backing or OpenOptions.Resolver"}
 	switch {
 	case o.NoBacking && c.depth == 1:
-		img.noBacking = required
-		return nil
+		return backing{missing: required}, nil
 	case o.Resolver == nil:
-		return required
+		return b, required
 	case format == "":
-		return fmt.Errorf("backing file %q: %w", h.backingName, ErrBackingFormatUnknown)
+		return b, fmt.Errorf("backing file %q: %w", h.backingName, ErrBackingFormatUnknown)
 	case format != "raw" && format != "qcow2":
-		return fmt.Errorf("backing file %q: %w: format %q", h.backingName, ErrUnsupported, format)
+		return b, fmt.Errorf("backing file %q: %w: format %q", h.backingName, ErrUnsupported, format)
 	case c.depth >= o.Limits.ChainDepth:
-		return fmt.Errorf("%w: %w", ErrChain, &LimitError{Limit: "ChainDepth", Value: int64(c.depth + 1), Max: int64(o.Limits.ChainDepth)})
+		return b, fmt.Errorf("%w: %w", ErrChain, &LimitError{Limit: "ChainDepth", Value: int64(c.depth + 1), Max: int64(o.Limits.ChainDepth)})
 	}
 	s, err := resolve(o.Resolver, ref)
 	if err != nil {
-		return err
+		return b, err
 	}
-	below, err := openBelow(s, format, ref, o, c)
+	b.disk, err = openBelow(s, format, ref, o, c)
 	if err != nil {
-		return fmt.Errorf("backing file %q: %w", h.backingName, err)
+		return backing{}, fmt.Errorf("backing file %q: %w", h.backingName, err)
 	}
-	img.backing, img.ownsBacking = below, true
-	return nil
+	b.owned = true
+	return b, nil
 }
 
 // openBelow opens a backing disk in s, which it closes after an error.

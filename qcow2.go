@@ -20,14 +20,12 @@ type Image struct {
 	size uint64    // of the disk in bytes
 	info Info      // as of open
 
-	backing     Disk  // nil: none
-	noBacking   error // for reads of what a backing file holds that was not opened
-	ownsBacking bool
-	ownsHost    bool
-	ownsData    bool
-	readOnly    bool
-	lazy        bool // refcounts may lag behind on disk, under the dirty bit
-	snapshots   []snapshot
+	below     backing
+	ownsHost  bool
+	ownsData  bool
+	readOnly  bool
+	lazy      bool // refcounts may lag behind on disk, under the dirty bit
+	snapshots []snapshot
 
 	reqs    *requests
 	mu      sync.Mutex // the metadata lock: mapper and allocator
@@ -69,7 +67,7 @@ func (img *Image) Info() Info {
 }
 
 // Backing returns the disk below the image, or nil.
-func (img *Image) Backing() Disk { return img.backing }
+func (img *Image) Backing() Disk { return img.below.disk }
 
 // Snapshots returns the internal snapshots in the order of the snapshot table.
 func (img *Image) Snapshots() []Snapshot {
@@ -152,20 +150,20 @@ func (img *Image) readGuest(p []byte, guestOff uint64) error {
 
 // readBacking reads what the image itself does not hold: the backing disk, and zeros past its end.
 func (img *Image) readBacking(p []byte, guestOff uint64) error {
-	if img.noBacking != nil {
-		return img.noBacking
+	if img.below.missing != nil {
+		return img.below.missing
 	}
-	if img.backing == nil {
+	if img.below.disk == nil {
 		clear(p)
 		return nil
 	}
-	size := uint64(img.backing.Size())
+	size := uint64(img.below.disk.Size())
 	if guestOff >= size {
 		clear(p)
 		return nil
 	}
 	inside := p[:min(uint64(len(p)), size-guestOff)]
-	n, err := readBelow(img.backing, inside, int64(guestOff))
+	n, err := readBelow(img.below.disk, inside, int64(guestOff))
 	if n < len(inside) {
 		if err == nil || err == io.EOF {
 			err = io.ErrUnexpectedEOF
@@ -403,9 +401,7 @@ func (img *Image) padFile() error {
 // release gives back what the library opened.
 func (img *Image) release() error {
 	var errs []error
-	if c, ok := img.backing.(io.Closer); ok && img.ownsBacking {
-		errs = append(errs, c.Close())
-	}
+	errs = append(errs, img.below.release())
 	if img.data != img.host {
 		errs = append(errs, img.data.release(img.ownsData))
 	}

@@ -377,7 +377,7 @@ func (img *Image) partIsZero(g guestPart) (bool, error) {
 		switch x.kind {
 		case kindZeroPlain, kindZeroAlloc:
 		case kindUnallocated:
-			if img.noBacking != nil || img.backing != nil && g.off < uint64(img.backing.Size()) {
+			if img.below.missing != nil || img.below.disk != nil && g.off < uint64(img.below.disk.Size()) {
 				return false, nil
 			}
 		default:

@@ -1,0 +1,233 @@
+package qcow2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+)
+
+// RepairScope says what a check repairs.
+type RepairScope int
+
+const (
+	// RepairNothing only looks.
+	RepairNothing RepairScope = iota
+	// RepairLeaks lowers refcounts that are above the references: nothing but free space changes.
+	RepairLeaks
+	// RepairAll repairs everything that can be.
+	RepairAll
+)
+
+// CheckOptions says how an image is checked. The nil pointer and the zero value look and repair nothing.
+type CheckOptions struct {
+	// Repair says what is repaired, which needs an image that was opened for writing.
+	Repair RepairScope
+	// Found is called with each finding as it is made, from the goroutine that called Check. It must not
+	// call the image. With Repair, what was found before the repair comes first, then what is left.
+	Found func(Finding)
+	// Progress is called from time to time with the part of the work that is done: bytes of tables, of the
+	// pass that runs. Each pass of a repair begins again at 0.
+	Progress func(done, total int64)
+}
+
+// FindingKind is a rule that an image breaks.
+type FindingKind int
+
+const (
+	// FindingLeak is a refcount above the references: space is lost, nothing else.
+	FindingLeak FindingKind = iota
+	// FindingRefcount is a refcount below the references: the cluster could be given away.
+	FindingRefcount
+	// FindingOverflow is a cluster with more references than its refcount can count.
+	FindingOverflow
+	// FindingCopiedLost is an active entry without COPIED whose cluster has refcount one. It costs a copy
+	// at the next write, and is what a crash may leave.
+	FindingCopiedLost
+	// FindingCopied is an active entry with COPIED whose cluster has another refcount than one: a write in
+	// place would change somebody else's data.
+	FindingCopied
+	// FindingReserved is a table entry with reserved bits.
+	FindingReserved
+	// FindingMisaligned is a table entry whose offset is not that of a cluster.
+	FindingMisaligned
+	// FindingBeyondEnd is a pointer to what lies beyond the end of the file by a cluster or more.
+	FindingBeyondEnd
+	// FindingCompressed is a compressed entry that contradicts itself: with COPIED, with subclusters, or in
+	// an image with an external data file.
+	FindingCompressed
+	// FindingSubclusters is an extended entry whose subclusters contradict each other or their cluster.
+	FindingSubclusters
+	// FindingZeroFlag is a zero flag in a version 2 image, which knows none.
+	FindingZeroFlag
+	// FindingDataFilePlace is an entry of an image with a data file that is not at its guest offset there.
+	FindingDataFilePlace
+	// FindingRefcountTable is a refcount table that cannot be used at all.
+	FindingRefcountTable
+	// FindingRefcountBlock is a refcount block that cannot be used: its entry in the refcount table is
+	// none, or the block's cluster is somebody else's too.
+	FindingRefcountBlock
+	// FindingUnreadable is a refcount that cannot be read because its refcount block's place is impossible.
+	// It counts as an error of the check.
+	FindingUnreadable
+	// FindingSnapshotTable is a snapshot table that cannot be read. The references are not known then, so
+	// nothing else is judged. It counts as an error of the check.
+	FindingSnapshotTable
+	// FindingSnapshotEntry is a snapshot table entry that lacks what its version demands.
+	FindingSnapshotEntry
+	// FindingSnapshotL1 is a snapshot whose L1 table is impossible: the snapshot cannot be used.
+	FindingSnapshotL1
+	// FindingSnapshotDataFile is that an image with an external data file has snapshots.
+	FindingSnapshotDataFile
+	// FindingBitmapDirectory is a bitmap directory that cannot be read; see FindingSnapshotTable.
+	FindingBitmapDirectory
+	// FindingBitmapTable is an entry of a bitmap's table that is impossible.
+	FindingBitmapTable
+	// FindingPastEnd is a refcount that is not zero of a cluster past the end of the file. It is harmless,
+	// and counts as nothing.
+	FindingPastEnd
+)
+
+// findingWords says in words what each kind is.
+var findingWords = [...]string{
+	FindingLeak:             "leaked cluster",
+	FindingRefcount:         "refcount below the references",
+	FindingOverflow:         "more references than the refcount's width can count",
+	FindingCopiedLost:       "refcount one without COPIED",
+	FindingCopied:           "COPIED although the refcount is not one",
+	FindingReserved:         "reserved bits",
+	FindingMisaligned:       "offset is not that of a cluster",
+	FindingBeyondEnd:        "beyond the end of the file",
+	FindingCompressed:       "contradictory compressed entry",
+	FindingSubclusters:      "contradictory subclusters",
+	FindingZeroFlag:         "zero flag in version 2",
+	FindingDataFilePlace:    "not at the guest offset in the data file",
+	FindingRefcountTable:    "unusable",
+	FindingRefcountBlock:    "unusable",
+	FindingUnreadable:       "refcounts cannot be read",
+	FindingSnapshotTable:    "cannot be read",
+	FindingSnapshotEntry:    "incomplete",
+	FindingSnapshotL1:       "impossible",
+	FindingSnapshotDataFile: "snapshots with an external data file",
+	FindingBitmapDirectory:  "cannot be read",
+	FindingBitmapTable:      "impossible entry",
+	FindingPastEnd:          "refcount of a cluster past the end of the file",
+}
+
+// String says in words what the kind is.
+func (k FindingKind) String() string {
+	if k < 0 || int(k) >= len(findingWords) {
+		return fmt.Sprintf("finding %d", int(k))
+	}
+	return findingWords[k]
+}
+
+// FindingClass is how bad a finding is.
+type FindingClass int
+
+const (
+	ClassHarmless   FindingClass = iota // nothing is lost
+	ClassLeak                           // space is lost
+	ClassCorruption                     // data is, or may be
+	ClassError                          // a part could not be checked
+)
+
+// Class returns how bad findings of the kind are.
+func (k FindingKind) Class() FindingClass {
+	switch k {
+	case FindingPastEnd:
+		return ClassHarmless
+	case FindingLeak:
+		return ClassLeak
+	case FindingUnreadable, FindingSnapshotTable, FindingBitmapDirectory:
+		return ClassError
+	}
+	return ClassCorruption
+}
+
+// Finding is one place where an image breaks a rule of the format.
+type Finding struct {
+	Kind FindingKind
+	// Part is the part of the image that holds what is wrong: "L2 table", "refcount table", ...
+	Part string
+	// HostOff is the host offset in bytes of the entry or field that is wrong, of the cluster if its
+	// refcount is; -1 if there is none.
+	HostOff int64
+	// GuestOff is the guest offset in bytes that the entry maps, or -1. An entry of snapshots is named by
+	// the guest offset in one of them.
+	GuestOff int64
+	// Found is what stands there: an entry, a refcount.
+	Found uint64
+	// Expected is what should, where that is known: the number of references, an entry without the flag.
+	Expected uint64
+	// Times is how often the finding counts, at least once: a table that snapshots share counts for each
+	// of them.
+	Times int64
+	// Fixed tells that the repair has mended it, or is about to.
+	Fixed bool
+}
+
+// String describes the finding in one line.
+func (f Finding) String() string {
+	s := f.Part + ": " + f.Kind.String()
+	if f.HostOff >= 0 {
+		s += fmt.Sprintf(" at host %#x", f.HostOff)
+	}
+	if f.GuestOff >= 0 {
+		s += fmt.Sprintf(" for guest %#x", f.GuestOff)
+	}
+	switch f.Kind {
+	case FindingLeak, FindingRefcount, FindingOverflow, FindingPastEnd, FindingUnreadable:
+		s += fmt.Sprintf(": refcount %d, references %d", f.Found, f.Expected)
+	default:
+		s += fmt.Sprintf(": found %#x, expected %#x", f.Found, f.Expected)
+	}
+	if f.Times > 1 {
+		s += fmt.Sprintf(" (%d times)", f.Times)
+	}
+	return s
+}
+
+// CheckResult is the outcome of a check. The totals count as qemu-img check counts, so that both can be
+// compared; after a repair they are what is left.
+type CheckResult struct {
+	// Corruptions and Leaks are the numbers of findings of either class; CheckErrors that of places which
+	// could not be checked.
+	Corruptions, Leaks, CheckErrors int64
+	// CorruptionsFixed and LeaksFixed are the numbers of findings that a repair mended.
+	CorruptionsFixed, LeaksFixed int64
+	// LostCopied is the part of Corruptions that is harmless: FindingCopiedLost.
+	LostCopied int64
+	// PastEnd is the number of refcounts of clusters past the end of the file; they count nowhere else.
+	PastEnd int64
+	// Rebuilt tells that a repair made new refcount structures.
+	Rebuilt bool
+
+	// ImageEndOffset is the host offset in bytes behind the last cluster that is in use or has a refcount.
+	ImageEndOffset int64
+	// TotalClusters is the number of guest clusters of the disk; AllocatedClusters that of the active
+	// ones with a place in the file, CompressedClusters that of those that are compressed, and
+	// FragmentedClusters that of those whose place is not right behind the one before.
+	TotalClusters, AllocatedClusters, CompressedClusters, FragmentedClusters int64
+}
+
+// Clean reports that the whole image was checked and nothing was found, or is left.
+func (r *CheckResult) Clean() bool { return r.Corruptions == 0 && r.Leaks == 0 && r.CheckErrors == 0 }
+
+// count counts a finding in its total.
+func (r *CheckResult) count(f Finding) {
+	switch f.Kind.Class() {
+	case ClassLeak:
+		r.Leaks += f.Times
+	case ClassCorruption:
+		r.Corruptions += f.Times
+	case ClassError:
+		r.CheckErrors += f.Times
+	}
+	switch f.Kind {
+	case FindingCopiedLost:
+		r.LostCopied += f.Times
+	case FindingPastEnd:
+		r.PastEnd += f.Times
+	}
+}

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 )
@@ -230,4 +229,65 @@ func (r *CheckResult) count(f Finding) {
 	case FindingPastEnd:
 		r.PastEnd += f.Times
 	}
+}
+
+// validate refuses options that are none.
+func (o *CheckOptions) validate() error {
+	if o.Repair < RepairNothing || o.Repair > RepairAll {
+		return &OptionError{Option: "Repair", Value: int(o.Repair), Reason: "is no RepairScope"}
+	}
+	return nil
+}
+
+// Check looks at all metadata of the image: the tables of the disk and of its snapshots, compressed clusters,
+// refcounts and COPIED flags, snapshot table, bitmaps and crypto header. What it finds is no error: it is in
+// the result, and each finding is handed to CheckOptions.Found. Guest data is not read, nor any other file.
+//
+// An image that cannot be opened otherwise is opened for it with OpenOptions.CheckOnly. In an image that is
+// open for writing, reads go on beside it, everything else waits, and it sees what Sync would have written.
+// Memory is two bytes for each host cluster that is referred to.
+//
+// Errors: that of the context, *OptionError, ErrReadOnly for a repair of an image that was opened for reading,
+// fs.ErrClosed, and those of the storage. The result is that of the part that was done then.
+//
+// qcow2 spec, "Host cluster management", "Cluster mapping", "Snapshots" and "Bitmaps".
+func (img *Image) Check(ctx context.Context, opts *CheckOptions) (*CheckResult, error) {
+	var o CheckOptions
+	if opts != nil {
+		o = *opts
+	}
+	res, err := img.check(ctx, &o)
+	if err != nil {
+		err = fmt.Errorf("qcow2: check: %w", err)
+	}
+	return res, err
+}
+
+// check is Check without the words around the error.
+func (img *Image) check(ctx context.Context, o *CheckOptions) (*CheckResult, error) {
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
+	defer img.reqs.leave(img.reqs.enter()) // Close waits for it
+	if img.closed.Load() {
+		return nil, fs.ErrClosed
+	}
+	if img.readOnly {
+		if o.Repair != RepairNothing && !img.repairs {
+			return nil, ErrReadOnly
+		}
+		return checkFile(ctx, img.host, img.hdr, o)
+	}
+	return checkFile(ctx, img.host, img.hdr, o)
+}
+
+// checkFile checks, and repairs, the image with header h in host.
+func checkFile(ctx context.Context, host *hostFile, h *header, o *CheckOptions) (*CheckResult, error) {
+	size, err := host.s.Size()
+	if err != nil {
+		return nil, err
+	}
+	c := newChecker(ctx, host, h, size, o)
+	err = c.walk()
+	return c.res, err
 }

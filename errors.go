@@ -20,6 +20,8 @@ var (
 	ErrEncrypted = errors.New("image is encrypted")
 	// ErrReadOnly refuses a change of an image that was opened for reading.
 	ErrReadOnly = errors.New("image is read-only")
+	// ErrCheckOnly refuses to use an image that was opened with OpenOptions.CheckOnly.
+	ErrCheckOnly = errors.New("image is open for checking alone")
 	// ErrDirty refuses a writable open of an image whose dirty bit is set: its refcounts may be stale
 	// until they are rebuilt.
 	ErrDirty = errors.New("image is dirty")

@@ -3,7 +3,6 @@ package qcow2
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"iter"
 )
 
@@ -127,8 +126,8 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 func (img *Image) mapped(off, n uint64) (extent, error) {
 	s := img.reqs.enter()
 	defer img.reqs.leave(s)
-	if img.closed.Load() {
-		return extent{}, fs.ErrClosed
+	if err := img.readable(); err != nil {
+		return extent{}, err
 	}
 	return img.m.resolve(off, n)
 }

@@ -16,6 +16,25 @@ func (h *header) validate(limits Limits) error {
 	return nil
 }
 
+// validateForCheck is validate for who only checks the image: it lets pass what a check judges itself.
+func (h *header) validateForCheck(limits Limits) error {
+	rules := [...]func(Limits) *HeaderError{
+		h.checkFeatures,
+		h.checkCompression,
+		h.checkSubclusters,
+		h.checkRefcountOrder,
+		h.checkL1Table,
+		h.checkSize,
+	}
+	limits = limits.withDefaults()
+	for _, rule := range rules {
+		if err := rule(limits); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // violations yields every rule that the header breaks, in the order in which an opener must look at
 // them: features first, since an unknown one may change all that follows.
 func (h *header) violations(limits Limits) iter.Seq[*HeaderError] {

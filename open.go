@@ -154,7 +154,7 @@ func resolve(r Resolver, ref FileRef) (Storage, error) {
 func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
 	nested := c.depth > 0
 	owns := c.ownsTop || nested
-	img := &Image{readOnly: !o.ReadWrite, ownsHost: owns, reqs: newRequests()}
+	img := &Image{readOnly: !o.ReadWrite || o.CheckOnly, repairs: o.ReadWrite, checkOnly: o.CheckOnly, ownsHost: owns, reqs: newRequests()}
 	img.host = &hostFile{s: s}
 	img.data = img.host
 	img.wb.cond.L = &img.wb.mu
@@ -196,6 +196,18 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	if err != nil {
 		return err
 	}
+	img.host = newHostFile(s, size, o.NoSync)
+	img.host.locked = locked
+	img.data = img.host
+	img.hdr, img.size = h, h.virtualSize()
+	if o.CheckOnly {
+		if err := h.validateForCheck(*o.Limits); err != nil {
+			return err
+		}
+		img.info = h.info()
+		img.info.Locked = locked
+		return nil
+	}
 	if err := h.validate(*o.Limits); err != nil {
 		return err
 	}
@@ -205,11 +217,7 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	if o.ReadWrite && h.dirty() {
 		return fmt.Errorf("%w: its refcounts must be rebuilt before it is written", ErrDirty)
 	}
-	img.hdr, img.size = h, h.virtualSize()
 	img.lazy = h.lazyRefcounts()
-	img.host = newHostFile(s, size, o.NoSync)
-	img.host.locked = locked
-	img.data = img.host
 	if img.snapshots, err = readSnapshotTable(s, size, h, *o.Limits); err != nil {
 		return err
 	}

@@ -30,6 +30,10 @@ type OpenOptions struct {
 	ReadWrite bool
 	// Repair says what a writable open does about a dirty image.
 	Repair RepairMode
+	// CheckOnly opens the image for Check and Info alone, with ReadWrite for a repair: no other file is opened,
+	// and what makes other opens fail and Check can judge is let pass: the dirty and the corrupt bit,
+	// encryption, broken refcounts, snapshot tables and bitmaps. Everything else returns ErrCheckOnly.
+	CheckOnly bool
 	// NoBacking opens an overlay without its backing file: reads of what the overlay does not hold
 	// return ErrBackingRequired. For information, checks and an unsafe rebase.
 	NoBacking bool

@@ -24,6 +24,8 @@ type Image struct {
 	ownsHost  bool
 	ownsData  bool
 	readOnly  bool
+	checkOnly bool // only Check works; there is no mapper
+	repairs   bool // Check may repair, although nothing else may write
 	lazy      bool // refcounts may lag behind on disk, under the dirty bit
 	snapshots []snapshot
 
@@ -100,8 +102,8 @@ func (img *Image) readAt(p []byte, off int64) (int, error) {
 	}
 	s := img.reqs.enter()
 	defer img.reqs.leave(s)
-	if img.closed.Load() {
-		return 0, fs.ErrClosed
+	if err := img.readable(); err != nil {
+		return 0, err
 	}
 	if uint64(off) >= img.size {
 		if len(p) == 0 {
@@ -217,11 +219,24 @@ func (img *Image) checkWrite(off int64, n int) error {
 	return nil
 }
 
+// readable returns why the image cannot be read, or nil.
+func (img *Image) readable() error {
+	switch {
+	case img.closed.Load():
+		return fs.ErrClosed
+	case img.checkOnly:
+		return ErrCheckOnly
+	}
+	return nil
+}
+
 // writable returns why the image takes no writes, or nil.
 func (img *Image) writable() error {
 	switch {
 	case img.closed.Load():
 		return fs.ErrClosed
+	case img.checkOnly:
+		return ErrCheckOnly
 	case img.readOnly:
 		return ErrReadOnly
 	}

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"iter"
 	"sync/atomic"
 )
 
@@ -87,5 +88,16 @@ func (t *table) grow(n uint64) *table {
 func (t *table) encode(p []byte, first uint64) {
 	for i := 0; i+8 <= len(p); i += 8 {
 		binary.BigEndian.PutUint64(p[i:], t.load(first+uint64(i)/8))
+	}
+}
+
+// all yields the pieces that hold more than zeros, with their index. Nobody changes the table meanwhile.
+func (t *table) all() iter.Seq2[uint64, *tableChunk] {
+	return func(yield func(uint64, *tableChunk) bool) {
+		for i := range t.chunks {
+			if c := t.chunks[i].Load(); c != nil && !yield(uint64(i), c) {
+				return
+			}
+		}
 	}
 }

@@ -321,8 +321,11 @@ func (r *repairer) showReferences() error {
 // happens or not.
 func (r *repairer) showL1(c *checker) error {
 	end := r.h.l1Off + r.h.l1Bytes()
-	if r.h.l1Size == 0 || c.inside(r.h.l1Off, r.h.l1Bytes()) || r.host.fixed || end > c.size+2*maxL1Bytes {
+	if r.h.l1Size == 0 || c.inside(r.h.l1Off, r.h.l1Bytes()) {
 		return nil
+	}
+	if r.host.fixed || end > c.size+2*maxL1Bytes {
+		return &CorruptError{What: "active L1 table past the end of the file", HostOff: int64(r.h.l1Off), GuestOff: noOffset}
 	}
 	if err := r.host.s.Truncate(int64(end)); err != nil {
 		return fmt.Errorf("active L1 table past the end of the file: %w", err)

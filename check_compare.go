@@ -10,14 +10,17 @@ import (
 func (g *geometry) perBlock() uint64 { return 1 << g.refBlockBits }
 
 // blockOff returns the host offset of refcount block b, 0 if there is none. It reports false if there is none
-// that can be read: the entry is not the offset of a cluster.
+// that can be read: the entry is not the offset of a cluster, or beyond what a file can reach.
 func (c *checker) blockOff(b uint64) (uint64, bool) {
 	if c.refTable == nil {
 		return 0, false
 	}
 	off := c.refTable.load(b) &^ refTableReserved
-	return off, c.offsetInCluster(off) == 0
+	return off, c.offsetInCluster(off) == 0 && off <= maxFileEnd-c.clusterSize
 }
+
+// maxFileEnd is where the longest file ends to QEMU, in bytes (BDRV_MAX_LENGTH).
+const maxFileEnd = 1<<63 - 1<<30
 
 // refRanges returns the indexes of the refcount blocks whose ranges have refcounts or references, in order.
 func (c *checker) refRanges() []uint64 {
@@ -204,24 +207,25 @@ func (c *checker) compareCopied() error {
 }
 
 // foundCopied reports an active entry w at host offset at, which maps guest, if its COPIED flag contradicts the
-// refcount of its cluster.
-func (c *checker) foundCopied(w, at, guest uint64, what string) error {
+// refcount of its cluster. known is false if that cannot be read.
+func (c *checker) foundCopied(w, at, guest uint64, what string) (known bool, err error) {
 	ci := w & offsetMask >> c.clusterBits
 	one, ok, err := c.storedOne(ci)
 	if err != nil || !ok || one == (w&flagCopied != 0) {
-		return err
+		return ok, err
 	}
 	f := Finding{Kind: FindingCopied, Part: what, HostOff: int64(at), GuestOff: int64(guest), Found: w, Expected: w ^ flagCopied}
 	if one {
 		f.Kind = FindingCopiedLost
 	}
 	c.find(f)
-	return nil
+	return true, nil
 }
 
 // eachActive calls f with every active L1 entry that names an L2 table, and every active L2 entry that holds a
-// cluster of the image file, in the order of the disk.
-func (c *checker) eachActive(f func(w, at, guest uint64, what string) error) error {
+// cluster of the image file, in the order of the disk. Where f does not know about an L1 entry, the L2 table
+// is left out.
+func (c *checker) eachActive(f func(w, at, guest uint64, what string) (known bool, err error)) error {
 	h := c.hdr
 	table := make([]byte, c.clusterSize)
 	var failed error
@@ -231,7 +235,8 @@ func (c *checker) eachActive(f func(w, at, guest uint64, what string) error) err
 			return
 		}
 		guest := i << (c.clusterBits + c.l2Bits)
-		if failed = f(w, h.l1Off+8*i, guest, "active L1 table"); failed != nil || c.external {
+		var known bool
+		if known, failed = f(w, h.l1Off+8*i, guest, "active L1 table"); failed != nil || !known || c.external {
 			return
 		}
 		if failed = c.h.readFull(table, off); failed != nil {
@@ -240,7 +245,7 @@ func (c *checker) eachActive(f func(w, at, guest uint64, what string) error) err
 		for j := uint64(0); j < 1<<c.l2Bits && failed == nil; j++ {
 			w := binary.BigEndian.Uint64(table[j<<c.l2EntryBits:])
 			if w&flagCompressed == 0 && w&offsetMask != 0 {
-				failed = f(w, off+j<<c.l2EntryBits, guest+j<<c.clusterBits, "L2 table")
+				_, failed = f(w, off+j<<c.l2EntryBits, guest+j<<c.clusterBits, "L2 table")
 			}
 		}
 		if failed == nil {

@@ -45,10 +45,7 @@ type checker struct {
 	snapBytes uint64     // bytes of the snapshot table
 	l2        []l2Ref    // the L2 tables, by host offset
 	pending   []l2Ref    // not yet merged into l2
-
-	// after also counts what entries will hold once they are mended, so that no count is too low at any
-	// point of a repair.
-	after bool
+	misplaced []l2Ref    // what L1 entries name that no L2 table can be: not aligned, or the header
 
 	unusable    bool // a refcount block, or the table, cannot be used: to be repaired, it must be replaced
 	badBitmaps  bool // the bitmap directory or a bitmap's table is not in the file
@@ -345,20 +342,23 @@ func (c *checker) l1Entry(w, at, i, active, inactive uint64) {
 			flags = refCopied
 		}
 	}
-	if !c.refer(off, c.clusterSize, active+inactive, flags, f) {
+	inside := c.refer(off, c.clusterSize, active+inactive, flags, f)
+	aligned := c.offsetInCluster(off) == 0
+	if !inside || !aligned {
 		c.structural = true
 		c.copiedWrong = c.copiedWrong || flags != 0
-		return // an L2 table past the end of the file is all zeros
 	}
-	if c.offsetInCluster(off) != 0 {
+	if !aligned {
 		f.Kind = FindingMisaligned
-		c.structural = true
-		c.copiedWrong = c.copiedWrong || flags != 0
 		c.find(f)
-		return
 	}
-	if off != 0 {
-		c.addTable(l2Ref{off: off, l1Index: uint32(i), active: uint32(active), inactive: uint32(inactive)})
+	table := l2Ref{off: off, l1Index: uint32(i), active: uint32(active), inactive: uint32(inactive)}
+	switch {
+	case !inside: // an L2 table past the end of the file is all zeros
+	case !aligned || off == 0:
+		c.misplaced = append(c.misplaced, table)
+	default:
+		c.addTable(table)
 	}
 }
 
@@ -503,8 +503,11 @@ type tableBatch struct {
 func (c *checker) walkTables() error {
 	c.mergeTables()
 	c.pending = nil
-	c.total = int64(uint64(len(c.l2)) << c.clusterBits)
-	return c.eachTable(c.l2, c.walkTable)
+	c.total = int64(uint64(len(c.l2)+len(c.misplaced)) << c.clusterBits)
+	if err := c.eachTable(c.l2, c.walkTable); err != nil {
+		return err
+	}
+	return c.eachTable(c.misplaced, c.walkTable)
 }
 
 // eachTable reads the given L2 tables and calls f with each, in order.
@@ -713,15 +716,10 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 		defer c.find(lost)
 	}
 	if e.bitmap>>32&e.bitmap != 0 {
-		c.copiedWrong = c.copiedWrong || flag != 0
 		conflict := f
 		conflict.Found, conflict.Expected = e.bitmap, mended.bitmap
 		conflict.Kind = FindingSubclusters
 		c.find(conflict)
-		if c.after && c.hasCluster(mended) {
-			c.refer(mended.hostOff(), c.clusterSize, times, flag, f)
-		}
-		return next
 	}
 	if c.offsetInCluster(off) != 0 {
 		find(FindingMisaligned)

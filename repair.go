@@ -23,8 +23,8 @@ import (
 //	7  if nothing is left: the dirty bit off, sync, the corrupt bit off                   sync
 //
 // Raising counts and clearing COPIED make nothing worse in whatever part they become durable. After step 2 the
-// count of every cluster is at least the number of references to it on disk, and stays so: step 4 adds only
-// references that step 2 has counted, and step 5 lowers only counts whose references are durably gone (I1, I4).
+// count of every cluster is at least the number of references to it on disk, and stays so: step 4 only
+// takes references away, and step 5 lowers only counts whose references are durably gone (I1, I4).
 // A new block or table is durable before anything points at it, and the header switches between tables that
 // are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
 // cluster whose count of one is durable (I7). The bits that keep writers out go last.
@@ -40,14 +40,13 @@ type repairer struct {
 	rebuilt bool
 }
 
-// again checks the image as it now is, quietly; after says to count what entries will hold after step 4, too.
-func (r *repairer) again(after bool) (*checker, error) {
+// again checks the image as it now is, quietly.
+func (r *repairer) again() (*checker, error) {
 	size, err := r.host.s.Size()
 	if err != nil {
 		return nil, err
 	}
 	c := newChecker(r.ctx, r.host, r.h, size, &CheckOptions{Progress: r.o.Progress})
-	c.after = after
 	return c, c.walk()
 }
 
@@ -106,7 +105,7 @@ func (r *repairer) repair() error {
 	if err := r.showReferences(); err != nil {
 		return err
 	}
-	c, err := r.again(true)
+	c, err := r.again()
 	if err != nil {
 		return err
 	}
@@ -123,7 +122,7 @@ func (r *repairer) repair() error {
 	if err := r.mendEntries(c); err != nil {
 		return err
 	}
-	if c, err = r.again(false); err != nil {
+	if c, err = r.again(); err != nil {
 		return err
 	}
 	if err := r.lower(c); err != nil {
@@ -302,7 +301,7 @@ func (r *repairer) showReferences() error {
 			return err
 		}
 		var err error
-		if c, err = r.again(false); err != nil {
+		if c, err = r.again(); err != nil {
 			return err
 		}
 	}

@@ -204,6 +204,31 @@ func Check(t testing.TB, path string, args ...string) CheckResult {
 	return c
 }
 
+// Verdict runs qemu-img check on an image that may be damaged in any way. args come last: how the image is
+// opened, its name, and repairs. ok is false if there is no verdict: qemu-img could not open the image, gave the
+// check up, crashed, or took longer than timeout; the result then has Exit, which is negative after a crash or
+// the timeout, and Output only.
+func Verdict(t testing.TB, timeout time.Duration, args ...string) (c CheckResult, ok bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "qemu-img", append([]string{"check", "--output=json"}, args...)...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	if cmd.ProcessState == nil {
+		t.Fatalf("qemu-img check %s: %v", strings.Join(args, " "), err)
+	}
+	if json.Unmarshal(stdout.Bytes(), &c) != nil || cmd.ProcessState.ExitCode() < 0 {
+		c = CheckResult{}
+	} else {
+		ok = true
+	}
+	c.Exit, c.Output = cmd.ProcessState.ExitCode(), stdout.String()+stderr.String()
+	return c, ok
+}
+
 // CheckClean fails the test, without ending it, unless Check finds the image clean. It reports the
 // same.
 func CheckClean(t testing.TB, path string) bool {

@@ -228,32 +228,26 @@ func (c *checker) foundCopied(w, at, guest uint64, what string) (known bool, err
 func (c *checker) eachActive(f func(w, at, guest uint64, what string) (known bool, err error)) error {
 	h := c.hdr
 	table := make([]byte, c.clusterSize)
-	var failed error
-	err := c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) {
+	return c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) error {
 		off := w & offsetMask
-		if failed != nil || off == 0 {
-			return
+		if off == 0 {
+			return nil
 		}
 		guest := i << (c.clusterBits + c.l2Bits)
-		var known bool
-		if known, failed = f(w, h.l1Off+8*i, guest, "active L1 table"); failed != nil || !known || c.external {
-			return
+		if known, err := f(w, h.l1Off+8*i, guest, "active L1 table"); err != nil || !known || c.external {
+			return err
 		}
-		if failed = c.h.readFull(table, off); failed != nil {
-			return
+		if err := c.h.readFull(table, off); err != nil {
+			return err
 		}
-		for j := uint64(0); j < 1<<c.l2Bits && failed == nil; j++ {
+		for j := uint64(0); j < 1<<c.l2Bits; j++ {
 			w := binary.BigEndian.Uint64(table[j<<c.l2EntryBits:])
 			if w&flagCompressed == 0 && w&offsetMask != 0 {
-				_, failed = f(w, off+j<<c.l2EntryBits, guest+j<<c.clusterBits, "L2 table")
+				if _, err := f(w, off+j<<c.l2EntryBits, guest+j<<c.clusterBits, "L2 table"); err != nil {
+					return err
+				}
 			}
 		}
-		if failed == nil {
-			failed = c.step(c.clusterSize)
-		}
+		return c.step(c.clusterSize)
 	})
-	if failed != nil {
-		return failed
-	}
-	return err
 }

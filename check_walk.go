@@ -262,45 +262,17 @@ func (c *checker) inside(off, n uint64) bool {
 	return off <= c.size && n < c.size-off+c.clusterSize && n <= maxHostOff
 }
 
-// words calls f with every non-zero 64-bit word of the n at host offset off, and its index. Holes of the
-// file, and what lies past its end, are not read.
-func (c *checker) words(off, n uint64, f func(i, word uint64)) error {
-	buf := getBuffer(readPiece)
-	defer putBuffer(buf)
-	end := min(off+8*n, max(c.size, off))
-	data := uint64(0) // up to here the file is known to have data
-	for pos := off; pos < end; {
-		if pos >= data && end-pos > readPiece {
-			start, stop, err := c.h.s.NextData(int64(pos))
-			switch {
-			case err == io.EOF || errors.Is(err, io.EOF):
-				return c.ctx.Err()
-			case err == nil:
-				pos, data = max(pos, uint64(start)&^7), uint64(stop)
-				if pos >= end {
-					return c.ctx.Err()
-				}
+// words calls f with every non-zero word of the n at host offset off, and its index.
+func (c *checker) words(off, n uint64, f func(i, word uint64) error) error {
+	return c.h.words(off, n, c.size, func(i, w uint64) error {
+		if i%(readPiece/8) == 0 {
+			if err := c.ctx.Err(); err != nil {
+				return err
 			}
 		}
-		p := (*buf)[:min(end-pos, readPiece)]
-		if err := c.h.readFull(p, pos); err != nil {
-			return err
-		}
-		for i := 0; i+8 <= len(p); i += 8 {
-			if w := binary.BigEndian.Uint64(p[i:]); w != 0 {
-				f((pos-off)/8+uint64(i)/8, w)
-			}
-		}
-		pos += uint64(len(p))
-		if err := c.ctx.Err(); err != nil {
-			return err
-		}
-	}
-	return nil
+		return f(i, w)
+	})
 }
-
-// readPiece is the unit in bytes in which tables are read.
-const readPiece = 1 << 20
 
 // walkActive looks at the active L1 table.
 func (c *checker) walkActive() error {
@@ -309,8 +281,9 @@ func (c *checker) walkActive() error {
 		return nil
 	}
 	c.refer(h.l1Off, h.l1Bytes(), 1, 0, part(FindingBeyondEnd, "active L1 table", h.l1Off))
-	err := c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) {
+	err := c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) error {
 		c.l1Entry(w, h.l1Off+8*i, i, 1, 0)
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("active L1 table: %w", err)
@@ -479,9 +452,10 @@ func (c *checker) walkSnapshots() error {
 	}
 	for _, r := range overlay(entries) {
 		base := c.snapshots[r.one].l1Off
-		err := c.words(r.lo, (r.hi-r.lo)/8, func(i, w uint64) {
+		err := c.words(r.lo, (r.hi-r.lo)/8, func(i, w uint64) error {
 			at := r.lo + 8*i
 			c.l1Entry(w, at, (at-base)/8, 0, r.times)
+			return nil
 		})
 		if err != nil {
 			return fmt.Errorf("snapshot L1 table: %w", err)
@@ -829,7 +803,7 @@ func (c *checker) walkBitmaps() error {
 		if !c.refer(b.tableOff, uint64(b.tableSize)*8, 1, 0, part(FindingBeyondEnd, "bitmap table", b.tableOff)) {
 			c.badBitmaps, c.structural = true, true
 		}
-		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) {
+		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) error {
 			f := Finding{Part: "bitmap table", HostOff: int64(b.tableOff + 8*i), GuestOff: noOffset, Found: w}
 			off := w & offsetMask
 			if badBitmapEntry(w, c.clusterSize) {
@@ -839,6 +813,7 @@ func (c *checker) walkBitmaps() error {
 			} else if off != 0 && !c.refer(off, c.clusterSize, 1, 0, f) {
 				c.structural = true
 			}
+			return nil
 		})
 		if err != nil {
 			return fmt.Errorf("bitmap table: %w", err)

@@ -242,19 +242,13 @@ func (r *repairer) eachL1(c *checker, active bool, f func(w uint64) (uint64, err
 		places, use = overlay(c.snapshotL1s()), useInactiveL1
 	}
 	for _, s := range places {
-		var failed error
-		err := c.words(s.lo, (s.hi-s.lo)/8, func(i, w uint64) {
-			var now uint64
-			if failed == nil {
-				now, failed = f(w)
+		err := c.words(s.lo, (s.hi-s.lo)/8, func(i, w uint64) error {
+			now, err := f(w)
+			if err != nil || now == w {
+				return err
 			}
-			if failed == nil && now != w {
-				failed = r.write(use, binary.BigEndian.AppendUint64(nil, now), s.lo+8*i)
-			}
+			return r.write(use, binary.BigEndian.AppendUint64(nil, now), s.lo+8*i)
 		})
-		if failed != nil {
-			err = failed
-		}
 		if err != nil {
 			return fmt.Errorf("L1 table: %w", err)
 		}
@@ -678,10 +672,11 @@ func (r *repairer) mendBitmaps(c *checker) error {
 	for i := range entries {
 		b := &entries[i]
 		var bad []uint64
-		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) {
+		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) error {
 			if off := w & offsetMask; badBitmapEntry(w, c.clusterSize) || off != 0 && !c.inside(off, c.clusterSize) {
 				bad = append(bad, b.tableOff+8*i)
 			}
+			return nil
 		})
 		if err != nil {
 			return fmt.Errorf("bitmap table: %w", err)

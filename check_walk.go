@@ -54,6 +54,9 @@ type checker struct {
 	copiedWrong bool // a COPIED flag contradicts a refcount
 	structural  bool // an entry must be mended, beyond counts and COPIED
 
+	endOnly bool   // count nothing, but find the end of what is referred to
+	end     uint64 // with endOnly: the host offset behind the last cluster that is
+
 	progress func(done, total int64)
 	done     int64
 	total    int64
@@ -246,6 +249,10 @@ func (c *checker) refer(off, n, times uint64, flags uint16, f Finding) bool {
 		f.Kind, f.Times = FindingBeyondEnd, int64(times)
 		c.find(f)
 		return false
+	}
+	if c.endOnly {
+		c.end = max(c.end, c.clusterStart(off+n-1)+c.clusterSize)
+		return true
 	}
 	for ci := off >> c.clusterBits; ci <= (off+n-1)>>c.clusterBits; ci++ {
 		if over := c.refs.add(ci, times, flags, c.most); over > 0 {
@@ -478,11 +485,17 @@ func (c *checker) walkTables() error {
 	c.mergeTables()
 	c.pending = nil
 	c.total = int64(uint64(len(c.l2)+len(c.misplaced)) << c.clusterBits)
+	if c.endOnly && c.total > maxEndSearch {
+		return errTooLong
+	}
 	if err := c.eachTable(c.l2, c.walkTable); err != nil {
 		return err
 	}
 	return c.eachTable(c.misplaced, c.walkTable)
 }
+
+// errTooLong says that finding the end takes longer than it is worth.
+var errTooLong = errors.New("too many L2 tables")
 
 // eachTable reads the given L2 tables and calls f with each, in order.
 func (c *checker) eachTable(refs []l2Ref, f func(r l2Ref, table []byte) error) error {
@@ -572,7 +585,7 @@ func (c *checker) walkTable(r l2Ref, p []byte) error {
 	next := uint64(0) // where the cluster behind the last one would be
 	times := uint64(r.active) + uint64(r.inactive)
 	guest := uint64(r.l1Index) << (c.clusterBits + c.l2Bits)
-	if c.extendedL2 || c.external {
+	if c.extendedL2 || c.external || c.endOnly {
 		for i := uint64(0); i < 1<<c.l2Bits; i++ {
 			b := p[i<<c.l2EntryBits:]
 			e := l2Entry{word: binary.BigEndian.Uint64(b)}
@@ -848,7 +861,7 @@ func (c *checker) walkBlocks() error {
 			continue
 		}
 		c.refer(off, c.clusterSize, 1, 0, f)
-		if n := c.refs.count(off >> c.clusterBits); n != 1 {
+		if n := c.refs.count(off >> c.clusterBits); n != 1 && !c.endOnly {
 			f.Found, f.Expected = n, 1
 			c.unusable = true
 			c.find(f)

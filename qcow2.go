@@ -16,7 +16,7 @@ type Image struct {
 	m    *mapper
 	host *hostFile // the image file
 	data *hostFile // where guest data is: the image file, or the external data file
-	hdr  *header   // fixed after open, but for incompatible and the refcount table's place, which mu guards
+	hdr  *header   // fixed after open, but for the refcount table's place, which mu guards, and incompatible
 	size uint64    // of the disk in bytes
 	info Info      // as of open
 
@@ -38,6 +38,9 @@ type Image struct {
 	started atomic.Bool  // bitmaps are marked; set once, under startMu
 	marking bool         // marking the bitmaps has begun, and may have taken them from the header; guarded by startMu
 	bitmaps []bitmapMark // what there is to mark
+
+	featureMu sync.Mutex          // guards hdr.incompatible, and the order in which it is written
+	onCorrupt func(*CorruptError) // OpenOptions.OnCorrupt
 
 	closed  atomic.Bool
 	closing atomic.Bool // the last write-back

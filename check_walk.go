@@ -145,10 +145,15 @@ func (c *checker) readTables() error {
 	if err := c.readSnapshots(); err != nil || c.uncounted {
 		return err
 	}
+	// A table without an entry, or past the end of any file, has no refcount block. Both must be replaced.
+	off, n := c.hdr.refTableOff, c.hdr.refTableBytes()
+	empty := c.offsetInCluster(off) == 0 && (n == 0 || off >= maxHostOff && off <= maxFileEnd-n)
 	if err := c.hdr.checkRefcountTable(Limits{}); err != nil {
 		c.unusable = true
-		c.find(part(FindingRefcountTable, "refcount table", c.hdr.refTableOff))
-		return nil
+		if !empty {
+			c.find(part(FindingRefcountTable, "refcount table", c.hdr.refTableOff))
+			return nil
+		}
 	}
 	t, err := readTable(c.h, c.hdr.refTableOff, c.hdr.refTableBytes()/8, c.size)
 	if err != nil {
@@ -224,13 +229,18 @@ func (c *checker) refer(off, n, times uint64, flags uint16, f Finding) bool {
 		c.find(f)
 		return false
 	}
+	c.referAll(off, n, times, flags, f)
+	return true
+}
+
+// referAll is refer of a range that lies inside, or whose last cluster does in part.
+func (c *checker) referAll(off, n, times uint64, flags uint16, f Finding) {
 	for ci := off >> c.clusterBits; ci <= (off+n-1)>>c.clusterBits; ci++ {
 		if over := c.refs.add(ci, times, flags, c.most); over > 0 {
 			c.find(Finding{Kind: FindingOverflow, Part: f.Part, HostOff: int64(ci << c.clusterBits), GuestOff: f.GuestOff,
 				Found: c.most, Expected: c.most + over, Times: int64(over)})
 		}
 	}
-	return true
 }
 
 // inside reports whether [off, off+n), n > 0, ends within the file or past its end by less than a cluster:
@@ -452,7 +462,7 @@ func (c *checker) walkSnapshots() error {
 		clusters, entries = append(clusters, r), append(entries, e)
 	}
 	for _, r := range overlay(clusters) {
-		c.refer(r.lo, r.hi-r.lo, r.times, 0, part(FindingBeyondEnd, "snapshot L1 table", r.lo))
+		c.referAll(r.lo, r.hi-r.lo, r.times, 0, part(FindingBeyondEnd, "snapshot L1 table", r.lo))
 	}
 	for _, r := range overlay(entries) {
 		base := c.snapshots[r.one].l1Off

@@ -23,7 +23,7 @@ type CheckOptions struct {
 	// Repair says what is repaired, which needs an image that was opened for writing.
 	Repair RepairScope
 	// Found is called with each finding as it is made, from the goroutine that called Check. It must not
-	// call the image. With Repair, what was found before the repair comes first, then what is left.
+	// call the image. With Repair, what was found before the repair comes first, then what is left (Left).
 	Found func(Finding)
 	// Progress is called from time to time with the part of the work that is done: bytes of tables, of the
 	// pass that runs. Each pass of a repair begins again at 0.
@@ -162,8 +162,8 @@ type Finding struct {
 	// Times is how often the finding counts, at least once: a table that snapshots share counts for each
 	// of them.
 	Times int64
-	// Fixed tells that the repair has mended it, or is about to.
-	Fixed bool
+	// Left tells that it was found after a repair, which did not mend it.
+	Left bool
 }
 
 // String describes the finding in one line.
@@ -281,13 +281,19 @@ func (img *Image) check(ctx context.Context, o *CheckOptions) (*CheckResult, err
 	return checkFile(ctx, img.host, img.hdr, o)
 }
 
-// checkFile checks, and repairs, the image with header h in host.
+// checkFile checks, and repairs, the image with header h in host. It keeps h as the header on disk.
 func checkFile(ctx context.Context, host *hostFile, h *header, o *CheckOptions) (*CheckResult, error) {
 	size, err := host.s.Size()
 	if err != nil {
 		return nil, err
 	}
 	c := newChecker(ctx, host, h, size, o)
-	err = c.walk()
-	return c.res, err
+	if err := c.walk(); err != nil || o.Repair == RepairNothing {
+		return c.res, err
+	}
+	r := &repairer{ctx: ctx, host: host, h: h, o: o, first: c}
+	if err := r.repair(); err != nil {
+		return c.res, fmt.Errorf("repair: %w", err)
+	}
+	return r.result()
 }

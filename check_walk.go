@@ -47,11 +47,8 @@ type checker struct {
 	pending   []l2Ref    // not yet merged into l2
 	misplaced []l2Ref    // what L1 entries name that no L2 table can be: not aligned, or the header
 
-	// after also counts what entries will hold once they are mended, so that no count is too low at any
-	// point of a repair.
-	after bool
-
 	unusable    bool // a refcount block, or the table, cannot be used: to be repaired, it must be replaced
+	badBitmaps  bool // the bitmap directory or a bitmap's table is not in the file
 	missing     bool // a cluster with references has no refcount block
 	uncounted   bool // references are not known: nothing may be concluded from the counts
 	copiedWrong bool // a COPIED flag contradicts a refcount
@@ -174,23 +171,35 @@ func (c *checker) readSnapshots() error {
 		c.uncounted, c.structural = true, true
 		c.find(part(FindingSnapshotTable, "snapshot table", h.snapshotsOff))
 	}
-	if err := h.checkSnapshotTable(Limits{Snapshots: maxSnapshots}); err != nil {
+	many := h.nbSnapshots > maxSnapshots
+	if many {
+		bad() // a repair keeps those that are there
+	} else if err := h.checkSnapshotTable(Limits{Snapshots: maxSnapshots}); err != nil {
 		bad()
+		return nil
+	}
+	if h.checkTableOffset("", h.snapshotsOff, minSnapshotEntry) != nil {
 		return nil
 	}
 	t := &tableReader{what: "snapshot table", start: h.snapshotsOff, off: h.snapshotsOff, limit: maxSnapshotBytes}
 	t.r = bufio.NewReaderSize(&paddedReader{c.h.s, int64(c.size), int64(h.snapshotsOff)}, tableReadSize)
-	for range h.nbSnapshots {
+	for i := range min(h.nbSnapshots, maxSnapshots) {
+		if t.off >= c.size {
+			c.blankSnapshots(t, uint64(h.nbSnapshots-i), many)
+			break
+		}
 		s, err := readSnapshotEntry(t, h)
 		var corrupt *CorruptError
 		switch {
+		case many && (err != nil || s.id == ""):
+			return nil
 		case errors.As(err, &corrupt):
 			bad()
 			return nil
 		case err != nil:
 			return err
 		}
-		if !c.version2 && len(s.extra) < snapExtraDiskSize+8 {
+		if !many && !c.version2 && len(s.extra) < snapExtraDiskSize+8 {
 			c.structural = true
 			c.find(Finding{Kind: FindingSnapshotEntry, Part: "snapshot table", HostOff: int64(s.entryOff), GuestOff: noOffset,
 				Found: uint64(len(s.extra)), Expected: snapExtraDiskSize + 8})
@@ -199,6 +208,20 @@ func (c *checker) readSnapshots() error {
 	}
 	c.snapBytes = t.off - t.start
 	return nil
+}
+
+// blankSnapshots looks at the last n entries of the snapshot table t, which are past the end of the file: each is
+// zeros, and needs no more than to be counted.
+func (c *checker) blankSnapshots(t *tableReader, n uint64, many bool) {
+	t.off = (t.off+7)&^7 + n*minSnapshotEntry
+	if many {
+		return
+	}
+	c.structural = true
+	if !c.version2 {
+		c.find(Finding{Kind: FindingSnapshotEntry, Part: "snapshot table", HostOff: int64(t.off - n*minSnapshotEntry), GuestOff: noOffset,
+			Expected: snapExtraDiskSize + 8, Times: int64(n)})
+	}
 }
 
 // paddedReader reads a file of size bytes from off on, and zeros past its end without an end.
@@ -650,7 +673,7 @@ func (c *checker) walkTable(r l2Ref, p []byte) error {
 // before, or 0; entry returns that behind its own.
 func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 	active, times := uint64(r.active), uint64(r.active)+uint64(r.inactive)
-	mended := c.mendL2(e)
+	mended := c.mendL2(e, guest)
 	f := Finding{Part: "L2 table", HostOff: int64(r.off + i<<c.l2EntryBits), GuestOff: int64(guest), Found: e.word, Expected: mended.word,
 		Times: int64(times)}
 	find := func(k FindingKind) {
@@ -659,11 +682,6 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 	}
 	if mended != e {
 		c.structural = true
-	}
-	if c.after && mended != e {
-		if held := c.held(mended); held.n > 0 {
-			c.refer(held.first<<c.clusterBits, held.n<<c.clusterBits, times, 0, f)
-		}
 	}
 	if e.word&flagCompressed != 0 {
 		if e.word&flagCopied != 0 {
@@ -735,10 +753,10 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 	return next
 }
 
-// mendL2 returns what a repair makes of an L2 entry whatever the refcounts are. An entry that can be read
-// reads the same afterwards; one that no reader accepts reads as zeros, and as nothing in version 2,
-// which has no other word for it.
-func (c *checker) mendL2(e l2Entry) l2Entry {
+// mendL2 returns what a repair makes of the L2 entry e of guest, whatever the refcounts are. What can be read
+// of it reads the same afterwards. What no reader accepts reads as zeros, and in version 2, which has no
+// other word for that, as nothing; but a zero flag in version 2 is a reserved bit like others.
+func (c *checker) mendL2(e l2Entry, guest uint64) l2Entry {
 	zero := l2Entry{word: flagZero}
 	switch {
 	case c.version2:
@@ -755,32 +773,28 @@ func (c *checker) mendL2(e l2Entry) l2Entry {
 		return e
 	}
 	e.word &^= l2Reserved
-	if c.extendedL2 {
+	if c.extendedL2 || c.version2 {
 		e.word &^= flagZero
 	}
-	if c.version2 && e.word&flagZero != 0 {
-		return zero
+	if c.external && c.hasCluster(e) {
+		// There is but one place where the cluster can be.
+		e.word = e.word&^offsetMask | guest | flagCopied
 	}
 	off := e.hostOff()
-	bad := c.offsetInCluster(off) != 0 // a cluster that cannot be read
-	gone := bad || off != 0 && !c.external && !c.inside(off, c.clusterSize)
+	gone := c.offsetInCluster(off) != 0 || off != 0 && !c.external && !c.inside(off, c.clusterSize)
 	if !c.extendedL2 {
 		if gone {
 			return zero
 		}
 		return e
 	}
-	alloc, zeros := e.bitmap&bitmapAllocated, e.bitmap>>32
 	if gone {
 		e.word = 0
 	}
+	alloc, zeros := e.bitmap&bitmapAllocated, e.bitmap>>32
 	if !c.hasCluster(e) {
-		// What was to be read from the cluster reads as zeros, which is what lies past the end of the file.
-		e.bitmap = (zeros | alloc) << 32
-		if e.bitmap == 0 {
-			e.word = 0
-		}
-		return e
+		// What was to be read from the cluster reads as zeros: so does what lies past the end of the file.
+		return l2Entry{bitmap: (zeros | alloc) << 32}
 	}
 	e.bitmap = zeros<<32 | alloc&^zeros
 	return e
@@ -790,8 +804,8 @@ func (c *checker) mendL2(e l2Entry) l2Entry {
 func (c *checker) walkSmall() error {
 	h := c.hdr
 	c.refer(h.snapshotsOff, c.snapBytes, 1, 0, part(FindingBeyondEnd, "snapshot table", h.snapshotsOff))
-	if c.refTable != nil {
-		c.refer(h.refTableOff, h.refTableBytes(), 1, 0, part(FindingBeyondEnd, "refcount table", h.refTableOff))
+	if c.refTable != nil && !c.refer(h.refTableOff, h.refTableBytes(), 1, 0, part(FindingBeyondEnd, "refcount table", h.refTableOff)) {
+		c.unusable = true
 	}
 	if h.crypto != nil && h.cryptMethod == cryptLUKS {
 		c.refer(h.crypto.off, h.crypto.length, 1, 0, part(FindingBeyondEnd, "crypto header", h.crypto.off))
@@ -805,7 +819,9 @@ func (c *checker) walkBitmaps() error {
 	if h.bitmaps == nil {
 		return nil
 	}
-	c.refer(h.bitmaps.dirOff, h.bitmaps.dirSize, 1, 0, part(FindingBeyondEnd, "bitmap directory", h.bitmaps.dirOff))
+	if !c.refer(h.bitmaps.dirOff, h.bitmaps.dirSize, 1, 0, part(FindingBeyondEnd, "bitmap directory", h.bitmaps.dirOff)) {
+		c.badBitmaps, c.structural = true, true
+	}
 	entries, err := readBitmapDirectory(c.h.s, int64(c.size), h, Limits{MetadataBytes: maxBitmapDirBytes})
 	if herr := h.checkBitmaps(Limits{}); herr != nil {
 		err = herr
@@ -820,7 +836,9 @@ func (c *checker) walkBitmaps() error {
 	}
 	for i := range entries {
 		b := &entries[i]
-		c.refer(b.tableOff, uint64(b.tableSize)*8, 1, 0, part(FindingBeyondEnd, "bitmap table", b.tableOff))
+		if !c.refer(b.tableOff, uint64(b.tableSize)*8, 1, 0, part(FindingBeyondEnd, "bitmap table", b.tableOff)) {
+			c.badBitmaps, c.structural = true, true
+		}
 		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) {
 			f := Finding{Part: "bitmap table", HostOff: int64(b.tableOff + 8*i), GuestOff: noOffset, Found: w}
 			off := w & offsetMask

@@ -405,7 +405,7 @@ func (l *crashLook) readIndependently(image, data *crashtest.Disk, bad map[int64
 }
 
 // goOn opens the state for writing, writes, syncs and closes, and walks and reads again: what the crash left
-// must be fit to work on. Dirty images are refused, until they can be repaired.
+// must be fit to work on. A dirty image is repaired by that open, and refused if it may not be.
 func (l *crashLook) goOn(image, data *crashtest.Disk, rep *refwalk.Report, index uint64) {
 	var dataStorage Storage
 	if data != nil {
@@ -413,13 +413,15 @@ func (l *crashLook) goOn(image, data *crashtest.Disk, rep *refwalk.Report, index
 	}
 	o := l.openOptions(dataStorage)
 	o.test = testHooks{}
-	img, err := OpenStorage(crashStorage{image}, o)
 	if rep.Dirty() {
-		if !errors.Is(err, ErrDirty) {
-			l.add("I1", "writable open of a dirty image: %v", err)
+		never := *o
+		never.Repair = RepairNever
+		if _, err := OpenStorage(crashStorage{image}, &never); !errors.Is(err, ErrDirty) {
+			l.add("I1", "writable open of a dirty image without a repair: %v", err)
+			return
 		}
-		return
 	}
+	img, err := OpenStorage(crashStorage{image}, o)
 	if err != nil {
 		l.add("I3", "writable open: %v", err)
 		return

@@ -22,6 +22,11 @@ const (
 	useRefcountTable
 	useRefcountBlock
 	useBitmapDirectory
+	// The rest is written by repairs alone.
+	useInactiveL1
+	useAnyL2 // of the active image, of snapshots or of both
+	useSnapshotTable
+	useBitmapTable
 )
 
 // hostFile is one host file (image or external data file) as the engine uses it: all of its writes and

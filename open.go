@@ -1,6 +1,8 @@
 package qcow2
 
 import (
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -214,15 +216,12 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	if err := h.checkOpenable(o.ReadWrite); err != nil {
 		return err
 	}
-	if o.ReadWrite && h.dirty() {
-		return fmt.Errorf("%w: its refcounts must be rebuilt before it is written", ErrDirty)
-	}
 	img.lazy = h.lazyRefcounts()
 	if img.snapshots, err = readSnapshotTable(s, size, h, *o.Limits); err != nil {
 		return err
 	}
-	if err := img.openTables(o, c, id, uint64(size)); err != nil {
-		return err
+	if c.cache == nil {
+		c.cache = newTableCache(o.L2CacheBytes, cacheSliceBits(h))
 	}
 	if h.hasDataFile() {
 		if err := img.openData(o, c); err != nil {
@@ -230,6 +229,15 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 		}
 	}
 	if img.below, err = openBacking(h, o, c); err != nil {
+		return err
+	}
+	// From here on the image may be written: what can be refused has been.
+	if o.ReadWrite {
+		if size, err = img.repairStale(o, size); err != nil {
+			return err
+		}
+	}
+	if err := img.openTables(o, c, id, uint64(size)); err != nil {
 		return err
 	}
 	if o.ReadWrite {
@@ -242,18 +250,70 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	return nil
 }
 
+// repairStale repairs an image whose refcounts are not to be relied on, before anything is allocated by them: the
+// dirty bit is set, or the header's own cluster has no refcount, as in files of some old writers. It is an
+// ordinary repair, which may be interrupted at any point, and ends with a check of its own. It returns the size
+// of the file afterwards, given that before.
+func (img *Image) repairStale(o OpenOptions, size int64) (int64, error) {
+	h := img.hdr
+	why := "the dirty bit is set"
+	if !h.dirty() {
+		stale, err := headerUncounted(img.host, h)
+		if err != nil || !stale {
+			return size, err
+		}
+		why = "the header has no refcount"
+	}
+	if o.Repair == RepairNever {
+		return size, fmt.Errorf("%w: %s: the refcounts must be rebuilt before it is written", ErrDirty, why)
+	}
+	res, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
+	if err == nil && res.Corruptions+res.CheckErrors > 0 {
+		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
+	}
+	if err == nil {
+		size, err = img.host.s.Size()
+	}
+	if err == nil {
+		img.snapshots, err = readSnapshotTable(img.host.s, size, h, *o.Limits)
+	}
+	if err != nil {
+		return size, fmt.Errorf("%w: %s, and the repair failed: %w", ErrDirty, why, err)
+	}
+	return size, nil
+}
+
+// headerUncounted reports whether the refcount of the header's cluster can be read and is zero.
+func headerUncounted(host *hostFile, h *header) (bool, error) {
+	var p [8]byte
+	if err := host.readFull(p[:], h.refTableOff); err != nil {
+		return false, fmt.Errorf("refcount table: %w", err)
+	}
+	block := binary.BigEndian.Uint64(p[:])
+	if block&(h.clusterSize()-1) != 0 || block >= maxHostOff {
+		return false, nil
+	}
+	if block != 0 {
+		if err := host.readFull(p[:], block); err != nil {
+			return false, fmt.Errorf("refcount block: %w", err)
+		}
+	}
+	return block == 0 || refcountAt(p[:], uint(h.refcountOrder), 0) == 0, nil
+}
+
+// cacheSliceBits returns log2 of the bytes that a slice in the cache of a chain may have, whose top has header h.
+func cacheSliceBits(h *header) uint {
+	if h.hasBacking() {
+		return tableSliceBits // the images below are not known yet
+	}
+	g := h.geometry()
+	return g.sliceBits
+}
+
 // openTables makes the mapper and, for writing, the allocator.
 func (img *Image) openTables(o OpenOptions, c *chain, id uint16, size uint64) error {
 	h := img.hdr
 	g := h.geometry()
-	if c.cache == nil {
-		// The slices of the images below are not known yet; they may be as large as slices get.
-		bits := g.sliceBits
-		if h.hasBacking() {
-			bits = tableSliceBits
-		}
-		c.cache = newTableCache(o.L2CacheBytes, bits)
-	}
 	l1, err := readTable(img.host, h.l1Off, uint64(h.l1Size), size)
 	if err != nil {
 		return fmt.Errorf("L1 table: %w", err)

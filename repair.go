@@ -1,0 +1,755 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"syscall"
+)
+
+// repairer mends an image whose check is done. Every step leaves an image in which nothing is worse than
+// before, so that a repair that was interrupted, by a crash or an error, is simply made again:
+//
+//	1  what hides references: bitmaps and snapshots that cannot be read are dropped      header writes, sync
+//	2  COPIED off where there is not exactly one reference; refcounts raised              sync
+//	   to what the entries need now and what they will need after step 4: in place, with
+//	   new refcount blocks where some are missing (written, sync, hooked up, sync), or,
+//	   where the table or a block cannot be used, in a new table with new blocks beside
+//	   the old ones (written, sync, one header write, sync)
+//	3  snapshot table entries                                                             sync
+//	4  table entries that the format forbids                                              sync
+//	5  refcounts lowered to the references that are left                                  sync
+//	6  COPIED on where there is exactly one reference                                     sync
+//	7  if nothing is left: the dirty bit off, sync, the corrupt bit off                   sync
+//
+// Raising counts and clearing COPIED make nothing worse in whatever part they become durable. After step 2 the
+// count of every cluster is at least the number of references to it on disk, and stays so: step 4 only
+// takes references away, and step 5 lowers only counts whose references are durably gone (I1, I4).
+// A new block or table is durable before anything points at it, and the header switches between tables that
+// are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
+// cluster whose count of one is durable (I7). The bits that keep writers out go last.
+type repairer struct {
+	ctx   context.Context
+	host  *hostFile
+	h     *header
+	o     *CheckOptions
+	first *checker // the check before the repair
+	last  *checker // the check after it
+
+	changed bool // something was written since the last sync
+	rebuilt bool
+}
+
+// again checks the image as it now is, quietly.
+func (r *repairer) again() (*checker, error) {
+	size, err := r.host.s.Size()
+	if err != nil {
+		return nil, err
+	}
+	c := newChecker(r.ctx, r.host, r.h, size, &CheckOptions{Progress: r.o.Progress})
+	return c, c.walk()
+}
+
+// sync makes what was written durable.
+func (r *repairer) sync() error {
+	if !r.changed {
+		return nil
+	}
+	r.changed = false
+	return r.host.sync()
+}
+
+// write writes p at host offset off.
+func (r *repairer) write(use clusterUse, p []byte, off uint64) error {
+	r.changed = true
+	return r.host.write(use, p, off)
+}
+
+// writeHeader writes a part of the header that lies within one sector, and makes it durable.
+func (r *repairer) writeHeader(off int64, p []byte) error {
+	if len(p) > 0 {
+		if err := r.write(useHeader, p, uint64(off)); err != nil {
+			return err
+		}
+	}
+	return r.sync()
+}
+
+// writeChanged writes the sectors of now, a table at host offset off, that differ from before.
+func (r *repairer) writeChanged(use clusterUse, before, now []byte, off uint64) error {
+	for i := 0; i < len(now); {
+		end := min(i+sectorSize, len(now))
+		if string(before[i:end]) == string(now[i:end]) {
+			i = end
+			continue
+		}
+		for end < len(now) && string(before[end:min(end+sectorSize, len(now))]) != string(now[end:min(end+sectorSize, len(now))]) {
+			end = min(end+sectorSize, len(now))
+		}
+		if err := r.write(use, now[i:end], off+uint64(i)); err != nil {
+			return err
+		}
+		i = end
+	}
+	return nil
+}
+
+// repair mends what it can of what the first check found.
+func (r *repairer) repair() error {
+	if r.o.Repair == RepairLeaks {
+		return r.repairLeaks()
+	}
+	if r.first.sound() {
+		return r.clearBits()
+	}
+	if err := r.showReferences(); err != nil {
+		return err
+	}
+	c, err := r.again()
+	if err != nil {
+		return err
+	}
+	table, err := r.planSnapshotTable(c)
+	if err != nil {
+		return err
+	}
+	if err := r.raise(c); err != nil {
+		return err
+	}
+	if err := r.mendSnapshotTable(c, table); err != nil {
+		return err
+	}
+	if err := r.mendEntries(c); err != nil {
+		return err
+	}
+	if c, err = r.again(); err != nil {
+		return err
+	}
+	if err := r.lower(c); err != nil {
+		return err
+	}
+	return r.clearBits()
+}
+
+// sound reports that the check found nothing at all to mend, but for the bits in the header.
+func (c *checker) sound() bool { return c.res.Clean() && c.res.PastEnd == 0 && !c.structural }
+
+// repairLeaks lowers refcounts that are too high, and nothing else.
+func (r *repairer) repairLeaks() error {
+	c := r.first
+	if c.uncounted || c.unusable || c.missing {
+		return fmt.Errorf("%w: the refcounts cannot be corrected without RepairAll", ErrCorrupt)
+	}
+	return r.lower(c)
+}
+
+// lower is steps 5 and 6: it lowers the refcounts to what c counted and sets COPIED where it is missing.
+func (r *repairer) lower(c *checker) error {
+	if c.uncounted || c.unusable {
+		return nil // more is wrong than can be mended
+	}
+	err := r.writeCounts(c, func(stored, n uint64) uint64 { return min(stored, n) })
+	if err != nil {
+		return err
+	}
+	if err := r.sync(); err != nil {
+		return err
+	}
+	set := func(w uint64) (uint64, error) {
+		ci := w & offsetMask >> c.clusterBits
+		if w&flagCopied != 0 || w&offsetMask == 0 || c.offsetInCluster(w&offsetMask) != 0 || c.refs.count(ci) != 1 {
+			return w, nil
+		}
+		v, ok, err := c.stored(ci)
+		if err != nil || !ok || v != 1 {
+			return w, err
+		}
+		return w | flagCopied, nil
+	}
+	if err := r.eachCopied(c, set); err != nil {
+		return err
+	}
+	return r.sync()
+}
+
+// writeCounts makes the refcounts of all clusters what pick returns for the stored refcount and the number of
+// references that c counted. Ranges without a refcount block are passed over.
+func (r *repairer) writeCounts(c *checker, pick func(stored, n uint64) uint64) error {
+	before, now := make([]byte, c.clusterSize), make([]byte, c.clusterSize)
+	for _, b := range c.refRanges() {
+		if err := r.ctx.Err(); err != nil {
+			return err
+		}
+		off, ok := c.blockOff(b)
+		if !ok || off == 0 {
+			continue
+		}
+		if err := r.host.readFull(before, off); err != nil {
+			return fmt.Errorf("refcount block: %w", err)
+		}
+		copy(now, before)
+		first := b << c.refBlockBits
+		for i := range c.perBlock() {
+			stored, n := refcountAt(now, c.refcountOrder, i), c.refs.count(first+i)
+			if v := pick(stored, n); v != stored {
+				setRefcountAt(now, c.refcountOrder, i, v)
+			}
+		}
+		if err := r.writeChanged(useRefcountBlock, before, now, off); err != nil {
+			return fmt.Errorf("refcount block: %w", err)
+		}
+	}
+	return nil
+}
+
+// eachCopied replaces every active L1 entry, and every active L2 entry that may hold a cluster, by what f
+// returns for it.
+func (r *repairer) eachCopied(c *checker, f func(w uint64) (uint64, error)) error {
+	err := r.eachL1(c, true, func(w uint64) (uint64, error) {
+		if w&offsetMask == 0 {
+			return w, nil
+		}
+		return f(w)
+	})
+	if err != nil || c.external {
+		return err
+	}
+	return r.eachL2(c, func(ref l2Ref, p []byte) error {
+		if ref.active == 0 {
+			return nil
+		}
+		for i := uint64(0); i < 1<<c.l2Bits; i++ {
+			b := p[i<<c.l2EntryBits:]
+			w := binary.BigEndian.Uint64(b)
+			if w&flagCompressed != 0 || w&offsetMask == 0 {
+				continue
+			}
+			now, err := f(w)
+			if err != nil {
+				return err
+			}
+			binary.BigEndian.PutUint64(b, now)
+		}
+		return nil
+	})
+}
+
+// eachL1 replaces the entries of the active L1 table, or of those of the snapshots, by what f returns for them.
+func (r *repairer) eachL1(c *checker, active bool, f func(w uint64) (uint64, error)) error {
+	places := []span{{lo: c.hdr.l1Off, hi: c.hdr.l1Off + c.hdr.l1Bytes()}}
+	use := useL1
+	if !active {
+		places, use = overlay(c.snapshotL1s()), useInactiveL1
+	}
+	for _, s := range places {
+		var failed error
+		err := c.words(s.lo, (s.hi-s.lo)/8, func(i, w uint64) {
+			var now uint64
+			if failed == nil {
+				now, failed = f(w)
+			}
+			if failed == nil && now != w {
+				failed = r.write(use, binary.BigEndian.AppendUint64(nil, now), s.lo+8*i)
+			}
+		})
+		if failed != nil {
+			err = failed
+		}
+		if err != nil {
+			return fmt.Errorf("L1 table: %w", err)
+		}
+	}
+	return nil
+}
+
+// eachL2 lets f change the content of every L2 table that c found.
+func (r *repairer) eachL2(c *checker, f func(ref l2Ref, p []byte) error) error {
+	now := make([]byte, c.clusterSize)
+	return c.eachTable(c.l2, func(ref l2Ref, before []byte) error {
+		copy(now, before)
+		if err := f(ref, now); err != nil {
+			return err
+		}
+		if err := r.writeChanged(useAnyL2, before, now, ref.off); err != nil {
+			return fmt.Errorf("L2 table: %w", err)
+		}
+		return nil
+	})
+}
+
+// snapshotL1s returns the L1 tables of the snapshots that can be one.
+func (c *checker) snapshotL1s() []span {
+	spans := make([]span, len(c.snapshots))
+	for i := range c.snapshots {
+		if s := &c.snapshots[i]; s.checkL1(&c.geometry) == nil && c.inside(s.l1Off, uint64(s.l1Size)*l1EntrySize) {
+			spans[i] = span{lo: s.l1Off, hi: s.l1Off + uint64(s.l1Size)*l1EntrySize}
+		}
+	}
+	return spans
+}
+
+// showReferences is step 1: it drops what keeps references from being known. A header write each, within one
+// sector: a crash leaves either state.
+func (r *repairer) showReferences() error {
+	c := r.first
+	if err := r.showL1(c); err != nil {
+		return err
+	}
+	if c.uncounted {
+		// Which of the tables it was is found out one after the other.
+		if err := r.dropSnapshots(c); err != nil {
+			return err
+		}
+		var err error
+		if c, err = r.again(); err != nil {
+			return err
+		}
+	}
+	if c.uncounted || c.badBitmaps {
+		off, p := r.h.encodeAutoclearField(r.h.autoclear &^ autoclearBitmaps)
+		if err := r.writeHeader(off, p); err != nil {
+			return err
+		}
+		r.h.autoclear &^= autoclearBitmaps
+		r.h.bitmaps = nil
+	}
+	return nil
+}
+
+// showL1 makes the file so long that it holds the active L1 table, which is all zeros past its end: a truncation
+// happens or not.
+func (r *repairer) showL1(c *checker) error {
+	end := r.h.l1Off + r.h.l1Bytes()
+	if r.h.l1Size == 0 || c.inside(r.h.l1Off, r.h.l1Bytes()) {
+		return nil
+	}
+	if r.host.fixed || end > c.size+2*maxL1Bytes {
+		return &CorruptError{What: "active L1 table past the end of the file", HostOff: int64(r.h.l1Off), GuestOff: noOffset}
+	}
+	if err := r.host.s.Truncate(int64(end)); err != nil {
+		return fmt.Errorf("active L1 table past the end of the file: %w", err)
+	}
+	r.changed = true
+	return r.sync()
+}
+
+// dropSnapshots takes those snapshots out of the table that c could not read, and all behind them.
+func (r *repairer) dropSnapshots(c *checker) error {
+	if uint64(len(c.snapshots)) == uint64(r.h.nbSnapshots) {
+		return nil
+	}
+	n, at := uint32(len(c.snapshots)), r.h.snapshotsOff
+	if n == 0 {
+		at = 0
+	}
+	off, p := encodeSnapshotFields(n, at)
+	if err := r.writeHeader(off, p); err != nil {
+		return err
+	}
+	r.h.nbSnapshots, r.h.snapshotsOff = n, at
+	return nil
+}
+
+// snapshotTablePlan is a new snapshot table, to be written at host offset off.
+type snapshotTablePlan struct {
+	off  uint64
+	data []byte
+}
+
+// planSnapshotTable builds a new snapshot table if entries of the old one are incomplete, and takes clusters
+// for it at the end of what c counted.
+func (r *repairer) planSnapshotTable(c *checker) (*snapshotTablePlan, error) {
+	incomplete := len(c.snapshots) < int(r.h.nbSnapshots) // the rest is past the end of the file
+	var data []byte
+	for i := range c.snapshots {
+		s := &c.snapshots[i]
+		incomplete = incomplete || !c.version2 && len(s.extra) < snapExtraDiskSize+8
+		data = append(data, make([]byte, -len(data)&7)...)
+		data = s.append(data)
+	}
+	if !incomplete {
+		return nil, nil
+	}
+	if len(data) == 0 {
+		return &snapshotTablePlan{}, nil
+	}
+	run, err := r.take(c, c.clusters(uint64(len(data))))
+	if err != nil {
+		return nil, err
+	}
+	return &snapshotTablePlan{off: run.first << c.clusterBits, data: data}, nil
+}
+
+// append appends the snapshot as a table entry with all the extra data that version 3 demands. qcow2 spec,
+// "Snapshots".
+func (s *snapshot) append(p []byte) []byte {
+	extra := s.extra
+	if len(extra) < snapExtraDiskSize+8 {
+		extra = binary.BigEndian.AppendUint64(nil, s.vmState)
+		extra = binary.BigEndian.AppendUint64(extra, s.diskSize)
+	}
+	be := binary.BigEndian
+	p = be.AppendUint64(p, s.l1Off)
+	p = be.AppendUint32(p, s.l1Size)
+	p = be.AppendUint16(p, uint16(len(s.id)))
+	p = be.AppendUint16(p, uint16(len(s.name)))
+	p = be.AppendUint32(p, s.dateSec)
+	p = be.AppendUint32(p, s.dateNsec)
+	p = be.AppendUint64(p, s.vmClock)
+	p = be.AppendUint32(p, uint32(min(s.vmState, 1<<32-1)))
+	p = be.AppendUint32(p, uint32(len(extra)))
+	p = append(p, extra...)
+	p = append(p, s.id...)
+	return append(p, s.name...)
+}
+
+// take takes n clusters in one run that c counted no reference to, and counts one to each: behind all others,
+// or between them where the host cannot grow so far.
+func (r *repairer) take(c *checker, n uint64) (clusterRun, error) {
+	run := clusterRun{first: c.refs.end(), n: n}
+	limit := uint64(maxHostOff) >> c.clusterBits
+	if r.host.fixed {
+		limit = min(limit, c.size>>c.clusterBits)
+	}
+	if run.first > limit || n > limit-run.first {
+		run.first = 1
+		for free := uint64(0); free < n; {
+			ci := run.first + free
+			switch {
+			case ci >= limit:
+				return run, fmt.Errorf("take %d clusters for the repair: %w", n, syscall.ENOSPC)
+			case c.refs.count(ci) != 0:
+				run.first, free = ci+1, 0
+			default:
+				free++
+			}
+		}
+	}
+	for i := range n {
+		c.refs.set(run.first+i, 1)
+	}
+	return run, nil
+}
+
+// raise is step 2.
+func (r *repairer) raise(c *checker) error {
+	clearWrong := func(w uint64) (uint64, error) {
+		if w&flagCopied != 0 && c.refs.count(w&offsetMask>>c.clusterBits) != 1 {
+			w &^= flagCopied
+		}
+		return w, nil
+	}
+	if err := r.eachCopied(c, clearWrong); err != nil {
+		return err
+	}
+	if c.unusable {
+		if err := r.sync(); err != nil {
+			return err
+		}
+		return r.rebuild(c)
+	}
+	blocks, err := r.missingBlocks(c)
+	if err != nil {
+		return err
+	}
+	if blocks == nil {
+		return r.rebuild(c)
+	}
+	err = r.writeCounts(c, func(stored, n uint64) uint64 { return max(stored, n) })
+	if err != nil {
+		return err
+	}
+	for _, b := range blocks {
+		if err := r.writeBlock(c, b.index, b.off); err != nil {
+			return err
+		}
+	}
+	if err := r.sync(); err != nil {
+		return err
+	}
+	for _, b := range blocks {
+		if err := r.write(useRefcountTable, binary.BigEndian.AppendUint64(nil, b.off), r.h.refTableOff+8*b.index); err != nil {
+			return fmt.Errorf("refcount table: %w", err)
+		}
+		c.refTable.store(b.index, b.off)
+	}
+	return r.sync()
+}
+
+// newBlock is a refcount block to be written: its index in the refcount table and its host offset.
+type newBlock struct{ index, off uint64 }
+
+// missingBlocks returns the refcount blocks that must be made so that every cluster with references has one,
+// those blocks too; nil if the refcount table has no room for them.
+func (r *repairer) missingBlocks(c *checker) ([]newBlock, error) {
+	blocks := []newBlock{}
+	made := make(map[uint64]bool)
+	for again := true; again; {
+		again = false
+		for _, b := range c.refRanges() {
+			if off, _ := c.blockOff(b); off != 0 || made[b] || !c.anyRef(b) {
+				continue
+			}
+			if b >= c.refTable.n {
+				return nil, nil
+			}
+			run, err := r.take(c, 1)
+			if err != nil {
+				return nil, err
+			}
+			blocks = append(blocks, newBlock{b, run.first << c.clusterBits})
+			made[b] = true
+			again = true // the block itself may be the first in its range
+		}
+	}
+	return blocks, nil
+}
+
+// anyRef reports whether c counted references in the range of refcount block b.
+func (c *checker) anyRef(b uint64) bool {
+	first := b << c.refBlockBits
+	for n := uint64(0); n < c.perBlock(); {
+		k := min(c.perBlock()-n, refChunkWords-(first+n)&(refChunkWords-1))
+		if c.refs.anyIn(first+n, k) {
+			return true
+		}
+		n += k
+	}
+	return false
+}
+
+// writeBlock writes refcount block b whole at host offset off, with what c counted.
+func (r *repairer) writeBlock(c *checker, b, off uint64) error {
+	p := make([]byte, c.clusterSize)
+	for i := range c.perBlock() {
+		if n := c.refs.count(b<<c.refBlockBits + i); n != 0 {
+			setRefcountAt(p, c.refcountOrder, i, n)
+		}
+	}
+	if err := r.write(useRefcountBlock, p, off); err != nil {
+		return fmt.Errorf("new refcount block: %w", err)
+	}
+	return nil
+}
+
+// rebuild makes new refcount structures for what c counted, the old ones included, which are leaks then.
+//
+// Order: blocks and table are written whole behind everything that is referred to, sync; one header write
+// switches to them, sync. A crash before leaves the old structures and what nobody refers to; after it the
+// new ones, which are right for every entry on disk.
+func (r *repairer) rebuild(c *checker) error {
+	below := uint64(0) // blocks that describe what lies before the new structures alone
+	end := c.refs.end()
+	first := end >> c.refBlockBits
+	for _, b := range c.refRanges() {
+		if b != first && c.anyRef(b) {
+			below++
+		}
+	}
+	size, err := c.sizeRefcounts(first, end-first<<c.refBlockBits+below, true)
+	if err != nil {
+		return err
+	}
+	run, err := r.take(c, below+size.blocks+size.tableClusters)
+	if err != nil {
+		return err
+	}
+	t := newTable(size.tableClusters << c.clusterBits / 8)
+	at := run.first << c.clusterBits
+	left := run.n - size.tableClusters
+	for _, b := range c.refRanges() {
+		if !c.anyRef(b) {
+			continue
+		}
+		if left == 0 || b >= t.n {
+			// Between others, in a range that nothing else needed.
+			return fmt.Errorf("place new refcount blocks: %w", syscall.ENOSPC)
+		}
+		if err := r.writeBlock(c, b, at); err != nil {
+			return err
+		}
+		t.store(b, at)
+		at, left = at+c.clusterSize, left-1
+	}
+	p := make([]byte, c.clusterSize)
+	for i := range size.tableClusters {
+		t.encode(p, i<<c.clusterBits/8)
+		if err := r.write(useRefcountTable, p, at+i<<c.clusterBits); err != nil {
+			return fmt.Errorf("new refcount table: %w", err)
+		}
+	}
+	if err := r.sync(); err != nil {
+		return err
+	}
+	off, header := encodeRefcountTableFields(at, uint32(size.tableClusters))
+	if err := r.writeHeader(off, header); err != nil {
+		return err
+	}
+	r.h.refTableOff, r.h.refTableClusters = at, uint32(size.tableClusters)
+	r.rebuilt = true
+	return nil
+}
+
+// mendSnapshotTable is step 3: it writes the new snapshot table, or takes impossible L1 tables out of the old
+// one. The size goes first: an L1 table of no entries is none, wherever it is.
+func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan) error {
+	if plan != nil {
+		if len(plan.data) > 0 {
+			if err := r.write(useSnapshotTable, plan.data, plan.off); err != nil {
+				return fmt.Errorf("snapshot table: %w", err)
+			}
+		}
+		if err := r.sync(); err != nil {
+			return err
+		}
+		n, at := uint32(len(c.snapshots)), plan.off
+		if n == 0 {
+			at = 0
+		}
+		off, p := encodeSnapshotFields(n, at)
+		if err := r.writeHeader(off, p); err != nil {
+			return err
+		}
+		r.h.nbSnapshots, r.h.snapshotsOff = n, at
+		c.snapshots = nil // they have new places
+		if err := c.readSnapshots(); err != nil {
+			return err
+		}
+	}
+	for i := range c.snapshots {
+		s := &c.snapshots[i]
+		if s.checkL1(&c.geometry) == nil && (s.l1Size == 0 || c.inside(s.l1Off, uint64(s.l1Size)*l1EntrySize)) {
+			continue
+		}
+		for _, field := range []struct{ off, n uint64 }{{snapL1Size, 4}, {snapL1Off, 8}} {
+			if err := r.write(useSnapshotTable, make([]byte, field.n), s.entryOff+field.off); err != nil {
+				return fmt.Errorf("snapshot table: %w", err)
+			}
+			if err := r.sync(); err != nil {
+				return err
+			}
+		}
+		s.l1Size, s.l1Off = 0, 0
+	}
+	return nil
+}
+
+// mendEntries is step 4. Entries change one by one, each within a sector, and each for itself.
+func (r *repairer) mendEntries(c *checker) error {
+	mendL1 := func(w uint64) (uint64, error) { return c.mendL1(w), nil }
+	for _, active := range []bool{true, false} {
+		if err := r.eachL1(c, active, mendL1); err != nil {
+			return err
+		}
+	}
+	err := r.eachL2(c, func(ref l2Ref, p []byte) error {
+		guest := uint64(ref.l1Index) << (c.clusterBits + c.l2Bits)
+		for i := uint64(0); i < 1<<c.l2Bits; i++ {
+			b := p[i<<c.l2EntryBits:]
+			e := l2Entry{word: binary.BigEndian.Uint64(b)}
+			if c.extendedL2 {
+				e.bitmap = binary.BigEndian.Uint64(b[8:])
+			}
+			if m := c.mendL2(e, guest+i<<c.clusterBits); m != e && e != (l2Entry{}) {
+				c.putEntry(p, i, m)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := r.mendBitmaps(c); err != nil {
+		return err
+	}
+	return r.sync()
+}
+
+// mendBitmaps takes impossible entries out of the tables of bitmaps. What such a bitmap says is not known any
+// more: it is marked as stale, durably, before.
+func (r *repairer) mendBitmaps(c *checker) error {
+	if r.h.bitmaps == nil {
+		return nil
+	}
+	entries, err := readBitmapDirectory(r.host.s, int64(c.size), r.h, Limits{MetadataBytes: maxBitmapDirBytes})
+	if err != nil {
+		return err
+	}
+	for i := range entries {
+		b := &entries[i]
+		var bad []uint64
+		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) {
+			if off := w & offsetMask; badBitmapEntry(w, c.clusterSize) || off != 0 && !c.inside(off, c.clusterSize) {
+				bad = append(bad, b.tableOff+8*i)
+			}
+		})
+		if err != nil {
+			return fmt.Errorf("bitmap table: %w", err)
+		}
+		if len(bad) == 0 {
+			continue
+		}
+		if !b.inUse() {
+			err := r.write(useBitmapDirectory, binary.BigEndian.AppendUint32(nil, b.flags|bitmapInUse), b.dirOff+bitmapFlags)
+			if err == nil {
+				err = r.sync()
+			}
+			if err != nil {
+				return fmt.Errorf("bitmap directory: %w", err)
+			}
+		}
+		for _, off := range bad {
+			if err := r.write(useBitmapTable, make([]byte, 8), off); err != nil {
+				return fmt.Errorf("bitmap table: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// clearBits is step 7, after a last check.
+func (r *repairer) clearBits() error {
+	size, err := r.host.s.Size()
+	if err != nil {
+		return err
+	}
+	c := newChecker(r.ctx, r.host, r.h, size, r.o)
+	if found := r.o.Found; found != nil {
+		c.found = func(f Finding) {
+			f.Left = true
+			found(f)
+		}
+	}
+	r.last = c
+	if err := c.walk(); err != nil {
+		return err
+	}
+	if c.res.Corruptions > 0 || c.res.CheckErrors > 0 {
+		return nil
+	}
+	for _, bit := range []uint64{incompatDirty, incompatCorrupt} {
+		if r.h.incompatible&bit == 0 {
+			continue
+		}
+		off, p := r.h.encodeIncompatibleField(r.h.incompatible &^ bit)
+		if err := r.writeHeader(off, p); err != nil {
+			return err
+		}
+		r.h.incompatible &^= bit
+	}
+	return nil
+}
+
+// result returns what was found, fixed and is left.
+func (r *repairer) result() (*CheckResult, error) {
+	if r.last == nil {
+		if err := r.clearBits(); err != nil {
+			return r.first.res, err
+		}
+	}
+	res := *r.last.res
+	res.CorruptionsFixed = max(r.first.res.Corruptions-res.Corruptions, 0)
+	res.LeaksFixed = max(r.first.res.Leaks-res.Leaks, 0)
+	res.Rebuilt = r.rebuilt
+	return &res, nil
+}

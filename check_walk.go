@@ -164,9 +164,6 @@ func (c *checker) readTables() error {
 // any other table. qcow2 spec, "Snapshots".
 func (c *checker) readSnapshots() error {
 	h := c.hdr
-	if h.nbSnapshots == 0 {
-		return nil
-	}
 	bad := func() {
 		c.uncounted, c.structural = true, true
 		c.find(part(FindingSnapshotTable, "snapshot table", h.snapshotsOff))
@@ -178,7 +175,7 @@ func (c *checker) readSnapshots() error {
 		bad()
 		return nil
 	}
-	if h.checkTableOffset("", h.snapshotsOff, minSnapshotEntry) != nil {
+	if h.nbSnapshots == 0 || h.checkTableOffset("", h.snapshotsOff, minSnapshotEntry) != nil {
 		return nil
 	}
 	t := &tableReader{what: "snapshot table", start: h.snapshotsOff, off: h.snapshotsOff, limit: maxSnapshotBytes}
@@ -269,7 +266,8 @@ func (c *checker) referAll(off, n, times uint64, flags uint16, f Finding) {
 // inside reports whether [off, off+n), n > 0, ends within the file or past its end by less than a cluster:
 // the last cluster may be short.
 func (c *checker) inside(off, n uint64) bool {
-	return off <= c.size && n < c.size-off+c.clusterSize && n <= maxHostOff
+	limit := c.size + c.clusterSize
+	return off < limit && n < limit-off
 }
 
 // words calls f with every non-zero 64-bit word of the n at host offset off, and its index. Holes of the
@@ -704,7 +702,8 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 	if c.version2 && e.word&flagZero != 0 {
 		find(FindingZeroFlag)
 	}
-	if !c.hasCluster(e) {
+	plainZero := c.external && !c.extendedL2 && e.word&flagZero != 0 && e.hostOff() == 0
+	if !c.hasCluster(e) || plainZero {
 		if e.bitmap&bitmapAllocated != 0 {
 			f.Found, f.Expected = e.bitmap, mended.bitmap
 			find(FindingSubclusters)
@@ -720,10 +719,7 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 		}
 	}
 	if c.external && active > 0 && e.word&flagCopied == 0 {
-		lost := f
-		lost.Kind, lost.Times, lost.Expected = FindingCopiedLost, int64(active), e.word|flagCopied
 		c.copiedWrong = true
-		defer c.find(lost)
 	}
 	if e.bitmap>>32&e.bitmap != 0 {
 		conflict := f
@@ -816,7 +812,18 @@ func (c *checker) walkSmall() error {
 // walkBitmaps looks at the bitmap directory and the bitmap tables. qcow2 spec, "Bitmaps".
 func (c *checker) walkBitmaps() error {
 	h := c.hdr
+	bad := func() {
+		c.uncounted, c.structural = true, true
+		f := part(FindingBitmapDirectory, "bitmap directory", 0)
+		if h.bitmaps != nil {
+			f.HostOff = int64(h.bitmaps.dirOff)
+		}
+		c.find(f)
+	}
 	if h.bitmaps == nil {
+		if h.checkBitmaps(Limits{}) != nil {
+			bad() // the extension has the wrong length
+		}
 		return nil
 	}
 	if !c.refer(h.bitmaps.dirOff, h.bitmaps.dirSize, 1, 0, part(FindingBeyondEnd, "bitmap directory", h.bitmaps.dirOff)) {
@@ -827,8 +834,7 @@ func (c *checker) walkBitmaps() error {
 		err = herr
 	}
 	if errors.Is(err, ErrCorrupt) || errors.Is(err, ErrUnsupported) {
-		c.uncounted, c.structural = true, true
-		c.find(part(FindingBitmapDirectory, "bitmap directory", h.bitmaps.dirOff))
+		bad()
 		return nil
 	}
 	if err != nil {

@@ -207,25 +207,33 @@ func (c *checker) compareCopied() error {
 }
 
 // foundCopied reports an active entry w at host offset at, which maps guest, if its COPIED flag contradicts the
-// refcount of its cluster. known is false if that cannot be read.
-func (c *checker) foundCopied(w, at, guest uint64, what string) (known bool, err error) {
-	ci := w & offsetMask >> c.clusterBits
-	one, ok, err := c.storedOne(ci)
-	if err != nil || !ok || one == (w&flagCopied != 0) {
-		return ok, err
+// refcount of its cluster. l1 tells an L1 from an L2 entry. known is false if the refcount cannot be read.
+func (c *checker) foundCopied(w, at, guest uint64, l1 bool) (known bool, err error) {
+	one := true // of a cluster in a data file, which has no refcount
+	if l1 || !c.external {
+		one, known, err = c.storedOne(w & offsetMask >> c.clusterBits)
+		if err != nil || !known {
+			return known, err
+		}
 	}
-	f := Finding{Kind: FindingCopied, Part: what, HostOff: int64(at), GuestOff: int64(guest), Found: w, Expected: w ^ flagCopied}
+	if one == (w&flagCopied != 0) {
+		return true, nil
+	}
+	f := Finding{Kind: FindingCopied, Part: "L2 table", HostOff: int64(at), GuestOff: int64(guest), Found: w, Expected: w ^ flagCopied}
 	if one {
 		f.Kind = FindingCopiedLost
+	}
+	if l1 {
+		f.Part = "active L1 table"
 	}
 	c.find(f)
 	return true, nil
 }
 
 // eachActive calls f with every active L1 entry that names an L2 table, and every active L2 entry that holds a
-// cluster of the image file, in the order of the disk. Where f does not know about an L1 entry, the L2 table
+// cluster at an offset that is not 0, in the order of the disk. Where f does not know about an L1 entry, the L2 table
 // is left out.
-func (c *checker) eachActive(f func(w, at, guest uint64, what string) (known bool, err error)) error {
+func (c *checker) eachActive(f func(w, at, guest uint64, l1 bool) (known bool, err error)) error {
 	h := c.hdr
 	table := make([]byte, c.clusterSize)
 	return c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) error {
@@ -234,7 +242,7 @@ func (c *checker) eachActive(f func(w, at, guest uint64, what string) (known boo
 			return nil
 		}
 		guest := i << (c.clusterBits + c.l2Bits)
-		if known, err := f(w, h.l1Off+8*i, guest, "active L1 table"); err != nil || !known || c.external {
+		if known, err := f(w, h.l1Off+8*i, guest, true); err != nil || !known {
 			return err
 		}
 		if err := c.h.readFull(table, off); err != nil {
@@ -243,7 +251,7 @@ func (c *checker) eachActive(f func(w, at, guest uint64, what string) (known boo
 		for j := uint64(0); j < 1<<c.l2Bits; j++ {
 			w := binary.BigEndian.Uint64(table[j<<c.l2EntryBits:])
 			if w&flagCompressed == 0 && w&offsetMask != 0 {
-				if _, err := f(w, off+j<<c.l2EntryBits, guest+j<<c.clusterBits, "L2 table"); err != nil {
+				if _, err := f(w, off+j<<c.l2EntryBits, guest+j<<c.clusterBits, false); err != nil {
 					return err
 				}
 			}

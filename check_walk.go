@@ -145,10 +145,15 @@ func (c *checker) readTables() error {
 	if err := c.readSnapshots(); err != nil || c.uncounted {
 		return err
 	}
+	// A table without an entry, or past the end of any file, has no refcount block. Both must be replaced.
+	off, n := c.hdr.refTableOff, c.hdr.refTableBytes()
+	empty := c.offsetInCluster(off) == 0 && (n == 0 || off >= maxHostOff && off <= maxFileEnd-n)
 	if err := c.hdr.checkRefcountTable(Limits{}); err != nil {
 		c.unusable = true
-		c.find(part(FindingRefcountTable, "refcount table", c.hdr.refTableOff))
-		return nil
+		if !empty {
+			c.find(part(FindingRefcountTable, "refcount table", c.hdr.refTableOff))
+			return nil
+		}
 	}
 	t, err := readTable(c.h, c.hdr.refTableOff, c.hdr.refTableBytes()/8, c.size)
 	if err != nil {
@@ -162,9 +167,6 @@ func (c *checker) readTables() error {
 // any other table. qcow2 spec, "Snapshots".
 func (c *checker) readSnapshots() error {
 	h := c.hdr
-	if h.nbSnapshots == 0 {
-		return nil
-	}
 	bad := func() {
 		c.uncounted, c.structural = true, true
 		c.find(part(FindingSnapshotTable, "snapshot table", h.snapshotsOff))
@@ -176,7 +178,7 @@ func (c *checker) readSnapshots() error {
 		bad()
 		return nil
 	}
-	if h.checkTableOffset("", h.snapshotsOff, minSnapshotEntry) != nil {
+	if h.nbSnapshots == 0 || h.checkTableOffset("", h.snapshotsOff, minSnapshotEntry) != nil {
 		return nil
 	}
 	t := &tableReader{what: "snapshot table", start: h.snapshotsOff, off: h.snapshotsOff, limit: maxSnapshotBytes}
@@ -250,9 +252,15 @@ func (c *checker) refer(off, n, times uint64, flags uint16, f Finding) bool {
 		c.find(f)
 		return false
 	}
+	c.referAll(off, n, times, flags, f)
+	return true
+}
+
+// referAll is refer of a range that lies inside, or whose last cluster does in part.
+func (c *checker) referAll(off, n, times uint64, flags uint16, f Finding) {
 	if c.endOnly {
 		c.end = max(c.end, c.clusterStart(off+n-1)+c.clusterSize)
-		return true
+		return
 	}
 	for ci := off >> c.clusterBits; ci <= (off+n-1)>>c.clusterBits; ci++ {
 		if over := c.refs.add(ci, times, flags, c.most); over > 0 {
@@ -260,13 +268,13 @@ func (c *checker) refer(off, n, times uint64, flags uint16, f Finding) bool {
 				Found: c.most, Expected: c.most + over, Times: int64(over)})
 		}
 	}
-	return true
 }
 
 // inside reports whether [off, off+n), n > 0, ends within the file or past its end by less than a cluster:
 // the last cluster may be short.
 func (c *checker) inside(off, n uint64) bool {
-	return off <= c.size && n < c.size-off+c.clusterSize && n <= maxHostOff
+	limit := c.size + c.clusterSize
+	return off < limit && n < limit-off
 }
 
 // words calls f with every non-zero word of the n at host offset off, and its index.
@@ -455,7 +463,7 @@ func (c *checker) walkSnapshots() error {
 		clusters, entries = append(clusters, r), append(entries, e)
 	}
 	for _, r := range overlay(clusters) {
-		c.refer(r.lo, r.hi-r.lo, r.times, 0, part(FindingBeyondEnd, "snapshot L1 table", r.lo))
+		c.referAll(r.lo, r.hi-r.lo, r.times, 0, part(FindingBeyondEnd, "snapshot L1 table", r.lo))
 	}
 	for _, r := range overlay(entries) {
 		base := c.snapshots[r.one].l1Off
@@ -681,7 +689,8 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 	if c.version2 && e.word&flagZero != 0 {
 		find(FindingZeroFlag)
 	}
-	if !c.hasCluster(e) {
+	plainZero := c.external && !c.extendedL2 && e.word&flagZero != 0 && e.hostOff() == 0
+	if !c.hasCluster(e) || plainZero {
 		if e.bitmap&bitmapAllocated != 0 {
 			f.Found, f.Expected = e.bitmap, mended.bitmap
 			find(FindingSubclusters)
@@ -697,10 +706,7 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 		}
 	}
 	if c.external && active > 0 && e.word&flagCopied == 0 {
-		lost := f
-		lost.Kind, lost.Times, lost.Expected = FindingCopiedLost, int64(active), e.word|flagCopied
 		c.copiedWrong = true
-		defer c.find(lost)
 	}
 	if e.bitmap>>32&e.bitmap != 0 {
 		conflict := f
@@ -793,7 +799,18 @@ func (c *checker) walkSmall() error {
 // walkBitmaps looks at the bitmap directory and the bitmap tables. qcow2 spec, "Bitmaps".
 func (c *checker) walkBitmaps() error {
 	h := c.hdr
+	bad := func() {
+		c.uncounted, c.structural = true, true
+		f := part(FindingBitmapDirectory, "bitmap directory", 0)
+		if h.bitmaps != nil {
+			f.HostOff = int64(h.bitmaps.dirOff)
+		}
+		c.find(f)
+	}
 	if h.bitmaps == nil {
+		if h.checkBitmaps(Limits{}) != nil {
+			bad() // the extension has the wrong length
+		}
 		return nil
 	}
 	if !c.refer(h.bitmaps.dirOff, h.bitmaps.dirSize, 1, 0, part(FindingBeyondEnd, "bitmap directory", h.bitmaps.dirOff)) {
@@ -804,8 +821,7 @@ func (c *checker) walkBitmaps() error {
 		err = herr
 	}
 	if errors.Is(err, ErrCorrupt) || errors.Is(err, ErrUnsupported) {
-		c.uncounted, c.structural = true, true
-		c.find(part(FindingBitmapDirectory, "bitmap directory", h.bitmaps.dirOff))
+		bad()
 		return nil
 	}
 	if err != nil {

@@ -329,7 +329,7 @@ func (r *repairer) showL1(c *checker) error {
 
 // dropSnapshots takes those snapshots out of the table that c could not read, and all behind them.
 func (r *repairer) dropSnapshots(c *checker) error {
-	if uint64(len(c.snapshots)) == uint64(r.h.nbSnapshots) {
+	if uint64(len(c.snapshots)) == uint64(r.h.nbSnapshots) && r.h.checkSnapshotTable(Limits{Snapshots: maxSnapshots}) == nil {
 		return nil
 	}
 	n, at := uint32(len(c.snapshots)), r.h.snapshotsOff

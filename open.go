@@ -271,7 +271,7 @@ func (img *Image) repairStale(o OpenOptions, size int64) (int64, error) {
 	if o.Repair == RepairNever {
 		return size, fmt.Errorf("%w: %s: the refcounts must be rebuilt before it is written", ErrDirty, why)
 	}
-	res, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
+	res, _, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
 	if err == nil && res.Corruptions+res.CheckErrors > 0 {
 		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
 	}
@@ -355,8 +355,8 @@ func (img *Image) openForWriting(o OpenOptions, size int64) error {
 		return err
 	}
 	img.bitmaps = bitmapMarks(entries)
-	img.onCorrupt = o.OnCorrupt
-	if err := img.watchMetadata(&o); err != nil {
+	img.overlap, img.limits, img.onCorrupt = o.OverlapCheck, *o.Limits, o.OnCorrupt
+	if err := img.watchMetadata(); err != nil {
 		return err
 	}
 	if known := h.autoclear & autoclearKnown; known != h.autoclear {

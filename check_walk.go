@@ -191,7 +191,7 @@ func (c *checker) readSnapshots() error {
 		s, err := readSnapshotEntry(t, h)
 		var corrupt *CorruptError
 		switch {
-		case many && (err != nil || s.id == ""):
+		case many && (errors.As(err, &corrupt) || err == nil && s.id == ""):
 			return nil
 		case errors.As(err, &corrupt):
 			bad()
@@ -875,6 +875,9 @@ func (c *checker) walkBlocks() error {
 			c.unusable = true
 			c.find(f)
 			continue
+		}
+		if c.refs.count(off>>c.clusterBits) != 0 {
+			c.unusable = true // the count itself may be at its most already
 		}
 		c.refer(off, c.clusterSize, 1, 0, f)
 		if n := c.refs.count(off >> c.clusterBits); n != 1 && !c.endOnly {

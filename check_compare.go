@@ -205,20 +205,17 @@ func (c *checker) storedOne(ci uint64) (one, ok bool, err error) {
 func (c *checker) compareCopied() error {
 	h := c.hdr
 	c.done, c.total = 0, int64(uint64(len(c.l2)+len(c.misplaced))<<c.clusterBits)
-	var failed error
-	err := c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) {
-		if failed != nil || w&offsetMask == 0 {
-			return
+	err := c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) error {
+		if w&offsetMask == 0 {
+			return nil
 		}
-		var one, known bool
-		if one, known, failed = c.storedOne(w & offsetMask >> c.clusterBits); known {
+		one, known, err := c.storedOne(w & offsetMask >> c.clusterBits)
+		if known {
 			c.foundCopied(Finding{Part: "active L1 table", HostOff: int64(h.l1Off + 8*i), GuestOff: int64(i << (c.clusterBits + c.l2Bits)),
 				Found: w}, one)
 		}
+		return err
 	})
-	if failed != nil {
-		return failed
-	}
 	if err != nil {
 		return err
 	}

@@ -55,6 +55,9 @@ type checker struct {
 	copiedWrong bool // a COPIED flag contradicts a refcount
 	structural  bool // an entry must be mended, beyond counts and COPIED
 
+	endOnly bool   // count nothing, but find the end of what is referred to
+	end     uint64 // with endOnly: the host offset behind the last cluster that is
+
 	progress func(done, total int64)
 	done     int64
 	total    int64
@@ -260,6 +263,10 @@ func (c *checker) refer(off, n, times uint64, flags uint16, f Finding) bool {
 
 // referAll is refer of a range that lies inside, or whose last cluster does in part.
 func (c *checker) referAll(off, n, times uint64, flags uint16, f Finding) {
+	if c.endOnly {
+		c.end = max(c.end, c.clusterStart(off+n-1)+c.clusterSize)
+		return
+	}
 	for ci := off >> c.clusterBits; ci <= (off+n-1)>>c.clusterBits; ci++ {
 		if over := c.refs.add(ci, times, flags, c.most); over > 0 {
 			c.find(Finding{Kind: FindingOverflow, Part: f.Part, HostOff: int64(ci << c.clusterBits), GuestOff: f.GuestOff,
@@ -275,45 +282,17 @@ func (c *checker) inside(off, n uint64) bool {
 	return off < limit && n < limit-off
 }
 
-// words calls f with every non-zero 64-bit word of the n at host offset off, and its index. Holes of the
-// file, and what lies past its end, are not read.
-func (c *checker) words(off, n uint64, f func(i, word uint64)) error {
-	buf := getBuffer(readPiece)
-	defer putBuffer(buf)
-	end := min(off+8*n, max(c.size, off))
-	data := uint64(0) // up to here the file is known to have data
-	for pos := off; pos < end; {
-		if pos >= data && end-pos > readPiece {
-			start, stop, err := c.h.s.NextData(int64(pos))
-			switch {
-			case err == io.EOF || errors.Is(err, io.EOF):
-				return c.ctx.Err()
-			case err == nil:
-				pos, data = max(pos, uint64(start)&^7), uint64(stop)
-				if pos >= end {
-					return c.ctx.Err()
-				}
+// words calls f with every non-zero word of the n at host offset off, and its index.
+func (c *checker) words(off, n uint64, f func(i, word uint64) error) error {
+	return c.h.words(off, n, c.size, func(i, w uint64) error {
+		if i%(readPiece/8) == 0 {
+			if err := c.ctx.Err(); err != nil {
+				return err
 			}
 		}
-		p := (*buf)[:min(end-pos, readPiece)]
-		if err := c.h.readFull(p, pos); err != nil {
-			return err
-		}
-		for i := 0; i+8 <= len(p); i += 8 {
-			if w := binary.BigEndian.Uint64(p[i:]); w != 0 {
-				f((pos-off)/8+uint64(i)/8, w)
-			}
-		}
-		pos += uint64(len(p))
-		if err := c.ctx.Err(); err != nil {
-			return err
-		}
-	}
-	return nil
+		return f(i, w)
+	})
 }
-
-// readPiece is the unit in bytes in which tables are read.
-const readPiece = 1 << 20
 
 // walkActive looks at the active L1 table.
 func (c *checker) walkActive() error {
@@ -322,8 +301,9 @@ func (c *checker) walkActive() error {
 		return nil
 	}
 	c.refer(h.l1Off, h.l1Bytes(), 1, 0, part(FindingBeyondEnd, "active L1 table", h.l1Off))
-	err := c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) {
+	err := c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) error {
 		c.l1Entry(w, h.l1Off+8*i, i, 1, 0)
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("active L1 table: %w", err)
@@ -499,9 +479,10 @@ func (c *checker) walkSnapshots() error {
 	}
 	for _, r := range overlay(entries) {
 		base := c.snapshots[r.one].l1Off
-		err := c.words(r.lo, (r.hi-r.lo)/8, func(i, w uint64) {
+		err := c.words(r.lo, (r.hi-r.lo)/8, func(i, w uint64) error {
 			at := r.lo + 8*i
 			c.l1Entry(w, at, (at-base)/8, 0, r.times)
+			return nil
 		})
 		if err != nil {
 			return fmt.Errorf("snapshot L1 table: %w", err)
@@ -524,11 +505,17 @@ func (c *checker) walkTables() error {
 	c.mergeTables()
 	c.pending = nil
 	c.total = int64(uint64(len(c.l2)+len(c.misplaced)) << c.clusterBits)
+	if c.endOnly && c.total > maxEndSearch {
+		return errTooLong
+	}
 	if err := c.eachTable(c.l2, c.walkTable); err != nil {
 		return err
 	}
 	return c.eachTable(c.misplaced, c.walkTable)
 }
+
+// errTooLong says that finding the end takes longer than it is worth.
+var errTooLong = errors.New("too many L2 tables")
 
 // eachTable reads the given L2 tables and calls f with each, in order.
 func (c *checker) eachTable(refs []l2Ref, f func(r l2Ref, table []byte) error) error {
@@ -618,7 +605,7 @@ func (c *checker) walkTable(r l2Ref, p []byte) error {
 	next := uint64(0) // where the cluster behind the last one would be
 	times := uint64(r.active) + uint64(r.inactive)
 	guest := uint64(r.l1Index) << (c.clusterBits + c.l2Bits)
-	if c.extendedL2 || c.external {
+	if c.extendedL2 || c.external || c.endOnly {
 		for i := uint64(0); i < 1<<c.l2Bits; i++ {
 			b := p[i<<c.l2EntryBits:]
 			e := l2Entry{word: binary.BigEndian.Uint64(b)}
@@ -857,7 +844,7 @@ func (c *checker) walkBitmaps() error {
 		if !c.refer(b.tableOff, uint64(b.tableSize)*8, 1, 0, part(FindingBeyondEnd, "bitmap table", b.tableOff)) {
 			c.badBitmaps, c.structural = true, true
 		}
-		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) {
+		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) error {
 			f := Finding{Part: "bitmap table", HostOff: int64(b.tableOff + 8*i), GuestOff: noOffset, Found: w}
 			off := w & offsetMask
 			if badBitmapEntry(w, c.clusterSize) {
@@ -867,6 +854,7 @@ func (c *checker) walkBitmaps() error {
 			} else if off != 0 && !c.refer(off, c.clusterSize, 1, 0, f) {
 				c.structural = true
 			}
+			return nil
 		})
 		if err != nil {
 			return fmt.Errorf("bitmap table: %w", err)
@@ -901,7 +889,7 @@ func (c *checker) walkBlocks() error {
 			continue
 		}
 		c.refer(off, c.clusterSize, 1, 0, f)
-		if n := c.refs.count(off >> c.clusterBits); n != 1 {
+		if n := c.refs.count(off >> c.clusterBits); n != 1 && !c.endOnly {
 			f.Found, f.Expected = n, 1
 			c.unusable = true
 			c.find(f)

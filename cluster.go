@@ -203,6 +203,7 @@ func (m *mapper) ownL2(guestOff uint64) (uint64, error) {
 		return 0, fmt.Errorf("new L2 table: %w", err)
 	}
 	off := r.first << m.clusterBits
+	m.h.enter(OverlapActiveL2, off, m.clusterSize)
 	if old == 0 {
 		err = m.h.zero(useL2, off, m.clusterSize)
 	} else {

@@ -205,7 +205,7 @@ func (img *Image) linkPacked(payload []byte, off uint64) error {
 		return err
 	}
 	e := l2Entry{word: m.compressedWord(hostOff, uint64(len(payload)))}
-	err = m.h.write(useData, payload, hostOff)
+	err = m.h.writeData(off, payload, hostOff)
 	if err == nil {
 		err = m.update(off, img.flush, func(words []uint64, i uint64) {
 			img.decoded.drop(off >> m.clusterBits) // see decodeCache

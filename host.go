@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,35 @@ const (
 	useBitmapTable
 )
 
+// useKinds are the kinds of metadata that a write of each use may meet: its own. It is refused where it meets
+// any other.
+var useKinds = [...]OverlapKinds{
+	useData:            0,
+	useHeader:          OverlapMainHeader,
+	useL1:              OverlapActiveL1,
+	useL2:              OverlapActiveL2,
+	useRefcountTable:   OverlapRefcountTable,
+	useRefcountBlock:   OverlapRefcountBlock,
+	useBitmapDirectory: OverlapBitmapDirectory,
+	useInactiveL1:      OverlapInactiveL1,
+	useAnyL2:           OverlapActiveL2 | OverlapInactiveL2,
+	useSnapshotTable:   OverlapSnapshotTable,
+	useBitmapTable:     0,
+}
+
+// String says what is written.
+func (u clusterUse) String() string {
+	switch u {
+	case useData:
+		return "guest data"
+	case useBitmapTable:
+		return "bitmap table"
+	case useAnyL2:
+		return "L2 table"
+	}
+	return useKinds[u].String()
+}
+
 // hostFile is one host file (image or external data file) as the engine uses it: all of its writes and
 // syncs pass here. It is safe for concurrent use.
 type hostFile struct {
@@ -41,6 +71,13 @@ type hostFile struct {
 	// at open, has reached. From there on a growing file reads as zeros, before and after a crash,
 	// because nothing was ever written there. It only rises, and before the write that raises it.
 	pristine atomic.Uint64
+
+	// Where the metadata is that no other write may hit (I8); nil in a file that has none, and where nothing
+	// is watched. Set before the file is written.
+	metadata *overlapList
+	watched  OverlapKinds // the kinds that count
+	// onHit is called with a write that would hit metadata, and returns the error that refuses it.
+	onHit func(*CorruptError) error
 
 	failMu sync.Mutex
 	failed atomic.Pointer[error] // the first failed sync; set once, under failMu (I6)
@@ -81,10 +118,67 @@ func (h *hostFile) readFull(p []byte, off uint64) error {
 	return fmt.Errorf("read %d bytes at host %#x: %w", len(p), off, err)
 }
 
-// write writes p at off. A file that failed a sync takes no more writes.
+// readPiece is the unit in bytes in which tables are read.
+const readPiece = 1 << 20
+
+// words calls f with every non-zero 64-bit word of the n at host offset off, and its index, until f returns
+// an error. Holes of the file, which has size bytes, and what lies past its end, are not read.
+func (h *hostFile) words(off, n, size uint64, f func(i, word uint64) error) error {
+	buf := getBuffer(min(readPiece, 8*n))
+	defer putBuffer(buf)
+	end := min(off+8*n, max(size, off))
+	data := off // up to here the file is known to have data, or not to tell
+	for pos := off; pos < end; {
+		if pos >= data && end-pos > readPiece {
+			start, stop, err := h.s.NextData(int64(pos))
+			switch {
+			case err == io.EOF || errors.Is(err, io.EOF):
+				return nil
+			case err != nil:
+				data = end
+			default:
+				pos, data = max(pos, uint64(start)&^7), uint64(stop)
+			}
+			if pos >= end {
+				return nil
+			}
+		}
+		p := (*buf)[:min(end-pos, uint64(len(*buf)))]
+		if err := h.readFull(p, pos); err != nil {
+			return err
+		}
+		for i := 0; i+8 <= len(p); i += 8 {
+			if w := binary.BigEndian.Uint64(p[i:]); w != 0 {
+				if err := f((pos-off+uint64(i))/8, w); err != nil {
+					return err
+				}
+			}
+		}
+		pos += uint64(len(p))
+	}
+	return nil
+}
+
+// write writes metadata, p, at off. A file that failed a sync takes no more writes, and no file takes a write
+// that would hit metadata of another kind.
 func (h *hostFile) write(use clusterUse, p []byte, off uint64) error {
+	return h.writeFor(use, noOffset, p, off)
+}
+
+// writeData writes guest data, p, of guestOff at off, as write does.
+func (h *hostFile) writeData(guestOff uint64, p []byte, off uint64) error {
+	return h.writeFor(useData, int64(guestOff), p, off)
+}
+
+// writeFor is write for guestOff, or noOffset.
+func (h *hostFile) writeFor(use clusterUse, guestOff int64, p []byte, off uint64) error {
 	if err := h.failure(); err != nil {
 		return err
+	}
+	if h.watched != 0 {
+		if kinds, at := h.metadata.query(off, uint64(len(p)), h.watched&^useKinds[use]); kinds != 0 {
+			return h.refuse(use, guestOff, kinds, at)
+		}
 	}
 	h.reach(off + uint64(len(p)))
 	n, err := h.s.WriteAt(p, int64(off))
@@ -95,6 +189,28 @@ func (h *hostFile) write(use clusterUse, p []byte, off uint64) error {
 		return fmt.Errorf("write %d bytes at host %#x: %w", len(p), off, err)
 	}
 	return nil
+}
+
+// refuse returns the error of a write that would hit metadata of the given kinds at host offset at.
+func (h *hostFile) refuse(use clusterUse, guestOff int64, kinds OverlapKinds, at uint64) error {
+	return h.onHit(&CorruptError{What: fmt.Sprintf("%s would overwrite %s", use, kinds), HostOff: int64(at), GuestOff: guestOff})
+}
+
+// enter notes that [off, off+n) is metadata of the given kinds, before it is written or named.
+func (h *hostFile) enter(kinds OverlapKinds, off, n uint64) {
+	if kinds &= h.watched; kinds != 0 {
+		h.metadata.enter(kinds, off, n)
+	}
+}
+
+// leave notes that [off, off+n) is not metadata of the given kinds any more.
+func (h *hostFile) leave(kinds OverlapKinds, off, n uint64) {
+	if kinds &= h.watched; kinds == 0 {
+		return
+	}
+	if here, _ := h.metadata.query(off, n, kinds); here != 0 {
+		h.metadata.remove(here, off, n)
+	}
 }
 
 // writeHeader writes a part of the header that lies within one sector, so that it changes whole or not at
@@ -111,9 +227,14 @@ var zeroChunk [64 << 10]byte
 // write, and both are made durable by the sync that every mapping waits for (I2); a write is the one
 // of the two that every storage has.
 func (h *hostFile) zero(use clusterUse, off, n uint64) error {
+	return h.zeroFor(use, noOffset, off, n)
+}
+
+// zeroFor is zero for guestOff, or noOffset.
+func (h *hostFile) zeroFor(use clusterUse, guestOff int64, off, n uint64) error {
 	for n > 0 {
 		p := zeroChunk[:min(n, uint64(len(zeroChunk)))]
-		if err := h.write(use, p, off); err != nil {
+		if err := h.writeFor(use, guestOff, p, off); err != nil {
 			return err
 		}
 		off += uint64(len(p))
@@ -155,13 +276,20 @@ func (h *hostFile) sync() error {
 
 // fail makes err the file's failure, if it is the first, and returns the failure in force.
 func (h *hostFile) fail(err error) error {
+	h.failFirst(err)
+	return h.failure()
+}
+
+// failFirst makes err the file's failure, and reports whether it is the first.
+func (h *hostFile) failFirst(err error) bool {
 	h.failMu.Lock()
 	defer h.failMu.Unlock()
-	if h.failed.Load() == nil {
-		err = &failedError{err}
-		h.failed.Store(&err)
+	if h.failed.Load() != nil {
+		return false
 	}
-	return *h.failed.Load()
+	err = &failedError{err}
+	h.failed.Store(&err)
+	return true
 }
 
 // failure returns the error of the first failed sync, or nil.

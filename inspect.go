@@ -45,6 +45,10 @@ type Info struct {
 	HeaderSize int64
 	// FileSize is the size in bytes of the file or storage that was read.
 	FileSize int64
+	// EndOffset is the host offset in bytes behind the last cluster in use, as the refcounts told at open; of a
+	// dirty image, as its tables did. Where that would have taken long to find out, it is the end of the file.
+	// Inspect does not look: 0.
+	EndOffset int64
 	// ClusterSize is the size of a cluster in bytes.
 	ClusterSize int
 	// SubclusterSize is the unit of allocation in bytes: ClusterSize without extended L2.

@@ -92,6 +92,9 @@ func (o *OpenOptions) validate() error {
 	if o.L2CacheBytes < 0 {
 		refuse("L2CacheBytes", o.L2CacheBytes, "must not be negative")
 	}
+	if err := o.OverlapCheck.validate(); err != nil {
+		errs = append(errs, err)
+	}
 	if o.RefcountCacheBytes < 0 {
 		refuse("RefcountCacheBytes", o.RefcountCacheBytes, "must not be negative")
 	}
@@ -247,6 +250,7 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	}
 	img.info = h.info()
 	img.info.Locked = locked
+	img.info.EndOffset = int64(highestUsed(img.host, h, size))
 	return nil
 }
 
@@ -267,7 +271,7 @@ func (img *Image) repairStale(o OpenOptions, size int64) (int64, error) {
 	if o.Repair == RepairNever {
 		return size, fmt.Errorf("%w: %s: the refcounts must be rebuilt before it is written", ErrDirty, why)
 	}
-	res, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
+	res, _, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
 	if err == nil && res.Corruptions+res.CheckErrors > 0 {
 		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
 	}
@@ -351,6 +355,10 @@ func (img *Image) openForWriting(o OpenOptions, size int64) error {
 		return err
 	}
 	img.bitmaps = bitmapMarks(entries)
+	img.overlap, img.limits, img.onCorrupt = o.OverlapCheck, *o.Limits, o.OnCorrupt
+	if err := img.watchMetadata(); err != nil {
+		return err
+	}
 	if known := h.autoclear & autoclearKnown; known != h.autoclear {
 		if err := img.setAutoclear(known); err != nil {
 			return fmt.Errorf("clear unknown autoclear features: %w", err)

@@ -56,6 +56,13 @@ type OpenOptions struct {
 	// NoSync turns host syncs off: Sync then only writes back. For test harnesses; a crash may leave
 	// anything.
 	NoSync bool
+	// OverlapCheck says which metadata every host write of a writable image is checked against. A write that
+	// would hit some is not made: the image is marked as corrupt on disk and takes no more writes, which
+	// return an error that matches ErrCorrupt. Default: everything is checked.
+	OverlapCheck OverlapCheck
+	// OnCorrupt is called once, when that happens, with what would have been hit and where; from the goroutine
+	// whose write it was. It must not call the image.
+	OnCorrupt func(*CorruptError)
 	// Limits bounds what an image may ask for. Nil: the default of each.
 	Limits *Limits
 	// L2CacheBytes bounds the memory for L2 slices of the whole chain. Default 32 MiB, minimum two
@@ -70,7 +77,8 @@ type OpenOptions struct {
 
 // Limits bounds what an image may make the library do. A zero field has its default.
 type Limits struct {
-	// MetadataBytes bounds the memory for tables at open, in bytes, of one image. Default 64 MiB.
+	// MetadataBytes bounds the memory for tables at open, in bytes, of one image, and, besides, that for the
+	// list of its metadata (OpenOptions.OverlapCheck), which becomes slower then. Default 64 MiB.
 	MetadataBytes int64
 	// ChainDepth bounds the number of images in a chain. Default 32.
 	ChainDepth int

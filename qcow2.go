@@ -16,7 +16,7 @@ type Image struct {
 	m    *mapper
 	host *hostFile // the image file
 	data *hostFile // where guest data is: the image file, or the external data file
-	hdr  *header   // fixed after open, but for incompatible and the refcount table's place, which mu guards
+	hdr  *header   // fixed after open, but for the refcount table's place, which mu guards, and incompatible
 	size uint64    // of the disk in bytes
 	info Info      // as of open
 
@@ -24,10 +24,10 @@ type Image struct {
 	ownsHost  bool
 	ownsData  bool
 	readOnly  bool
-	checkOnly bool // only Check works; there is no mapper
-	repairs   bool // Check may repair, although nothing else may write
-	lazy      bool // refcounts may lag behind on disk, under the dirty bit
-	snapshots []snapshot
+	checkOnly bool       // only Check works; there is no mapper
+	repairs   bool       // Check may repair, although nothing else may write
+	lazy      bool       // refcounts may lag behind on disk, under the dirty bit
+	snapshots []snapshot // guarded by mu
 
 	reqs    *requests
 	mu      sync.Mutex // the metadata lock: mapper and allocator
@@ -38,6 +38,11 @@ type Image struct {
 	started atomic.Bool  // bitmaps are marked; set once, under startMu
 	marking bool         // marking the bitmaps has begun, and may have taken them from the header; guarded by startMu
 	bitmaps []bitmapMark // what there is to mark
+
+	featureMu sync.Mutex          // guards hdr.incompatible, and the order in which it is written
+	onCorrupt func(*CorruptError) // OpenOptions.OnCorrupt
+	overlap   OverlapCheck        // OpenOptions.OverlapCheck
+	limits    Limits              // OpenOptions.Limits, of an image that is open for writing
 
 	closed  atomic.Bool
 	closing atomic.Bool // the last write-back
@@ -73,6 +78,8 @@ func (img *Image) Backing() Disk { return img.below.disk }
 
 // Snapshots returns the internal snapshots in the order of the snapshot table.
 func (img *Image) Snapshots() []Snapshot {
+	img.mu.Lock()
+	defer img.mu.Unlock()
 	out := make([]Snapshot, len(img.snapshots))
 	for i := range img.snapshots {
 		out[i] = img.snapshots[i].public()

@@ -203,6 +203,13 @@ func newAllocator(g geometry, h *hostFile, t *table, off, clusters uint64, cache
 	return a
 }
 
+// reload takes the refcount table t, at host offset off, in place of what it knows. Nothing is dirty.
+func (a *allocator) reload(t *table, off, clusters uint64) {
+	a.table, a.tableOff, a.tableClusters = t, off, clusters
+	clear(a.slices)
+	a.one, a.many, a.packOff = 0, 0, 0
+}
+
 // slice returns the slice that holds the refcount of host cluster ci, and the refcount's index in it.
 // The refcount block must exist.
 func (a *allocator) slice(ci uint64) (*refcountSlice, uint64, error) {
@@ -304,6 +311,11 @@ func (a *allocator) refcount(ci uint64) (uint64, error) {
 	return refcountAt(s.data, a.g.refcountOrder, i), nil
 }
 
+// allocatedKinds are the kinds of metadata that stop being so with the last reference. Those of snapshots, and
+// those that the header names, do not: while something on disk still calls a cluster so, a refcount that says
+// otherwise is wrong.
+const allocatedKinds = OverlapActiveL2 | OverlapRefcountTable | OverlapRefcountBlock
+
 // add changes the refcount of every cluster of r by delta. The refcount blocks must exist. A result that
 // does not fit is an error; the clusters before it are changed, and n tells how many.
 func (a *allocator) add(r clusterRun, delta int) (n uint64, err error) {
@@ -326,6 +338,7 @@ func (a *allocator) add(r clusterRun, delta int) (n uint64, err error) {
 			setRefcountAt(s.data, a.g.refcountOrder, i, v)
 			s.dirty = true
 			if v == 0 {
+				a.h.leave(allocatedKinds, ci<<a.g.clusterBits, a.g.clusterSize)
 				a.one, a.many = min(a.one, ci), min(a.many, ci)
 				if a.packOff>>a.g.clusterBits == ci {
 					a.packOff = 0
@@ -429,7 +442,9 @@ func (a *allocator) createBlock(b uint64) error {
 	block := make([]byte, a.g.clusterSize)
 	setRefcountAt(block, a.g.refcountOrder, 0, 1)
 	a.forget(clusterRun{first: off >> a.g.clusterBits, n: 1})
+	a.h.enter(OverlapRefcountBlock, off, a.g.clusterSize)
 	if err := a.h.write(useRefcountBlock, block, off); err != nil {
+		a.h.leave(OverlapRefcountBlock, off, a.g.clusterSize)
 		return fmt.Errorf("new refcount block: %w", err)
 	}
 	a.table.store(b, off)
@@ -456,14 +471,30 @@ func (a *allocator) moveTable() error {
 		return fmt.Errorf("move the refcount table to host %#x: %w", first<<a.g.clusterBits, syscall.ENOSPC)
 	}
 	a.forget(clusterRun{first: first, n: end - first})
-
 	grown := a.table.grow(size.tableClusters << a.g.clusterBits / 8)
+	newOff := (first + size.blocks) << a.g.clusterBits
+	a.h.enter(OverlapRefcountBlock, first<<a.g.clusterBits, size.blocks<<a.g.clusterBits)
+	a.h.enter(OverlapRefcountTable, newOff, size.tableClusters<<a.g.clusterBits)
+	if err := a.writeTable(grown, first, size); err != nil {
+		a.h.leave(OverlapRefcountBlock|OverlapRefcountTable, first<<a.g.clusterBits, (end-first)<<a.g.clusterBits)
+		return err
+	}
+	a.free(clusterRun{first: a.tableOff >> a.g.clusterBits, n: a.tableClusters})
+	a.table, a.tableOff, a.tableClusters = grown, newOff, size.tableClusters
+	a.moved = true
+	a.hooks = a.hooks[:0] // all of them are in the new table
+	return nil
+}
+
+// writeTable writes the blocks of moveTable, from cluster first on, which describe themselves and the table
+// behind them, and the table grown, which gets their entries.
+func (a *allocator) writeTable(grown *table, first uint64, size refcountSize) error {
 	block := make([]byte, a.g.clusterSize)
-	perBlock := uint64(1) << a.g.refBlockBits
+	end := first + size.blocks + size.tableClusters
 	for i := range size.blocks {
 		clear(block)
-		lo := first + i*perBlock
-		for ci := lo; ci < min(end, lo+perBlock); ci++ {
+		lo := first + i<<a.g.refBlockBits
+		for ci := lo; ci < min(end, lo+a.g.perBlock()); ci++ {
 			setRefcountAt(block, a.g.refcountOrder, ci-lo, 1)
 		}
 		off := (first + i) << a.g.clusterBits
@@ -472,17 +503,13 @@ func (a *allocator) moveTable() error {
 		}
 		grown.store(a.table.n+i, off)
 	}
-	newOff := (first + size.blocks) << a.g.clusterBits
+	off := (first + size.blocks) << a.g.clusterBits
 	for i := range size.tableClusters {
 		grown.encode(block, i<<a.g.clusterBits/8)
-		if err := a.h.write(useRefcountTable, block, newOff+i<<a.g.clusterBits); err != nil {
+		if err := a.h.write(useRefcountTable, block, off+i<<a.g.clusterBits); err != nil {
 			return fmt.Errorf("new refcount table: %w", err)
 		}
 	}
-	a.free(clusterRun{first: a.tableOff >> a.g.clusterBits, n: a.tableClusters})
-	a.table, a.tableOff, a.tableClusters = grown, newOff, size.tableClusters
-	a.moved = true
-	a.hooks = a.hooks[:0] // all of them are in the new table
 	return nil
 }
 

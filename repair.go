@@ -3,7 +3,9 @@ package qcow2
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"math"
 	"syscall"
 )
 
@@ -37,7 +39,68 @@ type repairer struct {
 	last  *checker // the check after it
 
 	changed bool // something was written since the last sync
+	wrote   bool // something was written at all
 	rebuilt bool
+}
+
+// errRepairOverlap refuses a write of a repair that would hit metadata of another kind: where two tables share a
+// cluster, mending one would break the other.
+var errRepairOverlap = errors.New("two tables share a cluster")
+
+// watch makes the list of the metadata that c found, against which every write of the repair is checked, as all
+// others are (I8). A hit marks nothing here: what it would have mended stays a finding. The list is as large as
+// what c keeps of the tables. The function that it returns puts back what was watched before.
+func (r *repairer) watch(c *checker) (restore func()) {
+	old, watched, onHit := r.host.metadata, r.host.watched, r.host.onHit
+	r.host.metadata = newOverlapList(c.clusterBits, overlapLimits{listBytes: math.MaxInt64})
+	r.host.watched = overlapAllKinds
+	r.host.onHit = func(e *CorruptError) error { return fmt.Errorf("%w: %w", errRepairOverlap, e) }
+	enter := func(k OverlapKinds, off, n uint64) {
+		if n > 0 && c.inside(off, n) {
+			r.host.enter(k, off, n)
+		}
+	}
+	h := r.h
+	enter(OverlapMainHeader, 0, c.clusterSize)
+	enter(OverlapActiveL1, h.l1Off, h.l1Bytes())
+	enter(OverlapSnapshotTable, h.snapshotsOff, c.snapBytes)
+	for _, s := range overlay(c.snapshotL1s()) {
+		enter(OverlapInactiveL1, s.lo, s.hi-s.lo)
+	}
+	for _, t := range c.l2 {
+		if t.active > 0 {
+			enter(OverlapActiveL2, t.off, c.clusterSize)
+		}
+		if t.inactive > 0 {
+			enter(OverlapInactiveL2, t.off, c.clusterSize)
+		}
+	}
+	if c.refTable != nil {
+		enter(OverlapRefcountTable, h.refTableOff, h.refTableBytes())
+		for _, chunk := range c.refTable.all() {
+			for _, w := range chunk {
+				if off := w &^ refTableReserved; off != 0 && c.offsetInCluster(off) == 0 {
+					enter(OverlapRefcountBlock, off, c.clusterSize)
+				}
+			}
+		}
+	}
+	if h.bitmaps != nil {
+		enter(OverlapBitmapDirectory, h.bitmaps.dirOff, h.bitmaps.dirSize)
+	}
+	if h.crypto != nil {
+		enter(OverlapCryptoHeader, h.crypto.off, h.crypto.length)
+	}
+	return func() { r.host.metadata, r.host.watched, r.host.onHit = old, watched, onHit }
+}
+
+// mended returns what became of the write of an entry that a finding speaks of: one that would break another
+// table is not made, and the finding stays.
+func mended(err error) error {
+	if errors.Is(err, errRepairOverlap) {
+		return nil
+	}
+	return err
 }
 
 // again checks the image as it now is, quietly.
@@ -61,7 +124,7 @@ func (r *repairer) sync() error {
 
 // write writes p at host offset off.
 func (r *repairer) write(use clusterUse, p []byte, off uint64) error {
-	r.changed = true
+	r.changed, r.wrote = true, true
 	return r.host.write(use, p, off)
 }
 
@@ -109,6 +172,7 @@ func (r *repairer) repair() error {
 	if err != nil {
 		return err
 	}
+	defer r.watch(c)()
 	table, err := r.planSnapshotTable(c)
 	if err != nil {
 		return err
@@ -140,6 +204,7 @@ func (r *repairer) repairLeaks() error {
 	if c.uncounted || c.unusable || c.missing {
 		return fmt.Errorf("%w: the refcounts cannot be corrected without RepairAll", ErrCorrupt)
 	}
+	defer r.watch(c)()
 	return r.lower(c)
 }
 
@@ -242,19 +307,13 @@ func (r *repairer) eachL1(c *checker, active bool, f func(w uint64) (uint64, err
 		places, use = overlay(c.snapshotL1s()), useInactiveL1
 	}
 	for _, s := range places {
-		var failed error
-		err := c.words(s.lo, (s.hi-s.lo)/8, func(i, w uint64) {
-			var now uint64
-			if failed == nil {
-				now, failed = f(w)
+		err := c.words(s.lo, (s.hi-s.lo)/8, func(i, w uint64) error {
+			now, err := f(w)
+			if err != nil || now == w {
+				return err
 			}
-			if failed == nil && now != w {
-				failed = r.write(use, binary.BigEndian.AppendUint64(nil, now), s.lo+8*i)
-			}
+			return mended(r.write(use, binary.BigEndian.AppendUint64(nil, now), s.lo+8*i))
 		})
-		if failed != nil {
-			err = failed
-		}
 		if err != nil {
 			return fmt.Errorf("L1 table: %w", err)
 		}
@@ -270,7 +329,7 @@ func (r *repairer) eachL2(c *checker, f func(ref l2Ref, p []byte) error) error {
 		if err := f(ref, now); err != nil {
 			return err
 		}
-		if err := r.writeChanged(useAnyL2, before, now, ref.off); err != nil {
+		if err := mended(r.writeChanged(useAnyL2, before, now, ref.off)); err != nil {
 			return fmt.Errorf("L2 table: %w", err)
 		}
 		return nil
@@ -329,7 +388,7 @@ func (r *repairer) showL1(c *checker) error {
 	if err := r.host.s.Truncate(int64(end)); err != nil {
 		return fmt.Errorf("active L1 table past the end of the file: %w", err)
 	}
-	r.changed = true
+	r.changed, r.wrote = true, true
 	return r.sync()
 }
 
@@ -526,6 +585,7 @@ func (r *repairer) writeBlock(c *checker, b, off uint64) error {
 			setRefcountAt(p, c.refcountOrder, i, n)
 		}
 	}
+	r.host.enter(OverlapRefcountBlock, off, c.clusterSize)
 	if err := r.write(useRefcountBlock, p, off); err != nil {
 		return fmt.Errorf("new refcount block: %w", err)
 	}
@@ -571,6 +631,7 @@ func (r *repairer) rebuild(c *checker) error {
 		t.store(b, at)
 		at, left = at+c.clusterSize, left-1
 	}
+	r.host.enter(OverlapRefcountTable, at, size.tableClusters<<c.clusterBits)
 	p := make([]byte, c.clusterSize)
 	for i := range size.tableClusters {
 		t.encode(p, i<<c.clusterBits/8)
@@ -595,6 +656,7 @@ func (r *repairer) rebuild(c *checker) error {
 func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan) error {
 	if plan != nil {
 		if len(plan.data) > 0 {
+			r.host.enter(OverlapSnapshotTable, plan.off, uint64(len(plan.data)))
 			if err := r.write(useSnapshotTable, plan.data, plan.off); err != nil {
 				return fmt.Errorf("snapshot table: %w", err)
 			}
@@ -622,7 +684,7 @@ func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan) error 
 			continue
 		}
 		for _, field := range []struct{ off, n uint64 }{{snapL1Size, 4}, {snapL1Off, 8}} {
-			if err := r.write(useSnapshotTable, make([]byte, field.n), s.entryOff+field.off); err != nil {
+			if err := mended(r.write(useSnapshotTable, make([]byte, field.n), s.entryOff+field.off)); err != nil {
 				return fmt.Errorf("snapshot table: %w", err)
 			}
 			if err := r.sync(); err != nil {
@@ -678,10 +740,11 @@ func (r *repairer) mendBitmaps(c *checker) error {
 	for i := range entries {
 		b := &entries[i]
 		var bad []uint64
-		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) {
+		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) error {
 			if off := w & offsetMask; badBitmapEntry(w, c.clusterSize) || off != 0 && !c.inside(off, c.clusterSize) {
 				bad = append(bad, b.tableOff+8*i)
 			}
+			return nil
 		})
 		if err != nil {
 			return fmt.Errorf("bitmap table: %w", err)

@@ -64,6 +64,9 @@ func (t *table) load(i uint64) uint64 {
 	return atomic.LoadUint64(&c[i&(1<<tableChunkBits-1)])
 }
 
+// at returns entry j of a piece.
+func (t *table) at(c *tableChunk, j int) uint64 { return atomic.LoadUint64(&c[j]) }
+
 // store sets entry i. Preconditions: i < n; the metadata lock is held.
 func (t *table) store(i, v uint64) {
 	p := &t.chunks[i>>tableChunkBits]
@@ -91,7 +94,7 @@ func (t *table) encode(p []byte, first uint64) {
 	}
 }
 
-// all yields the pieces that hold more than zeros, with their index. Nobody changes the table meanwhile.
+// all yields the pieces that hold more than zeros, with their index.
 func (t *table) all() iter.Seq2[uint64, *tableChunk] {
 	return func(yield func(uint64, *tableChunk) bool) {
 		for i := range t.chunks {

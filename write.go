@@ -40,7 +40,7 @@ func (img *Image) writeInPlace(p []byte, guestOff uint64) (int, error) {
 	if err != nil || !x.inPlace() {
 		return 0, err
 	}
-	if err := img.data.write(useData, p[:x.n], x.hostOff); err != nil {
+	if err := img.data.writeData(guestOff, p[:x.n], x.hostOff); err != nil {
 		return 0, err
 	}
 	return int(x.n), nil
@@ -302,7 +302,7 @@ func (img *Image) copyUp(guestOff, hostOff, n uint64) error {
 	if err := img.readGuest(*buf, guestOff); err != nil {
 		return err
 	}
-	return img.data.write(useData, *buf, hostOff)
+	return img.data.writeData(guestOff, *buf, hostOff)
 }
 
 // writeFilled writes p at guestOff to the file of guest data, together with the old content around it, so
@@ -336,7 +336,7 @@ func (img *Image) writeFilled(p []byte, guestOff, lo, hi, base uint64, fresh boo
 		}
 	}
 	if head.n == 0 && tail.n == 0 {
-		return img.data.write(useData, p, base+in)
+		return img.data.writeData(guestOff, p, base+in)
 	}
 	if head.n+uint64(len(p))+tail.n <= maxJoinedWrite {
 		buf := getBuffer(head.n + uint64(len(p)) + tail.n)
@@ -349,12 +349,12 @@ func (img *Image) writeFilled(p []byte, guestOff, lo, hi, base uint64, fresh boo
 		if err := img.readPart(b[head.n+uint64(len(p)):], tail, tailZero); err != nil {
 			return err
 		}
-		return img.data.write(useData, b, base+in-head.n)
+		return img.data.writeData(guestOff-head.n, b, base+in-head.n)
 	}
 	if err := img.writePart(head, base+in-head.n, headZero); err != nil {
 		return err
 	}
-	if err := img.data.write(useData, p, base+in); err != nil {
+	if err := img.data.writeData(guestOff, p, base+in); err != nil {
 		return err
 	}
 	return img.writePart(tail, base+end, tailZero)
@@ -406,12 +406,12 @@ func (img *Image) writePart(g guestPart, hostOff uint64, zero bool) error {
 		return nil
 	}
 	if zero {
-		return img.data.zero(useData, hostOff, g.n)
+		return img.data.zeroFor(useData, int64(g.off), hostOff, g.n)
 	}
 	buf := getBuffer(g.n)
 	defer putBuffer(buf)
 	if err := img.readPart(*buf, g, false); err != nil {
 		return err
 	}
-	return img.data.write(useData, *buf, hostOff)
+	return img.data.writeData(g.off, *buf, hostOff)
 }

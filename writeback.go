@@ -364,6 +364,8 @@ func (img *Image) reclaim(seen uint64) bool {
 // mapping; it is cleared only when all refcounts are durable. Precondition: the metadata lock, or the only
 // user.
 func (img *Image) setDirty(dirty bool) error {
+	img.featureMu.Lock()
+	defer img.featureMu.Unlock()
 	word := img.hdr.incompatible &^ incompatDirty
 	if dirty {
 		word |= incompatDirty

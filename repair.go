@@ -354,7 +354,7 @@ func (r *repairer) showReferences() error {
 	if err := r.showL1(c); err != nil {
 		return err
 	}
-	if c.uncounted {
+	if c.uncounted || r.h.checkSnapshotTable(Limits{Snapshots: maxSnapshots}) != nil {
 		// Which of the tables it was is found out one after the other.
 		if err := r.dropSnapshots(c); err != nil {
 			return err

@@ -195,7 +195,10 @@ type CheckResult struct {
 	// Corruptions and Leaks are the numbers of findings of either class; CheckErrors that of places which
 	// could not be checked.
 	Corruptions, Leaks, CheckErrors int64
-	// CorruptionsFixed and LeaksFixed are the numbers of findings that a repair mended.
+	// Unreadable is the number of entries that no reader accepts, and that qemu-img check passes over:
+	// FindingZeroFlag and FindingDataFilePlace. They are corruptions that count nowhere else.
+	Unreadable int64
+	// CorruptionsFixed (unreadable entries too) and LeaksFixed are the numbers of findings that a repair mended.
 	CorruptionsFixed, LeaksFixed int64
 	// LostCopied is the part of Corruptions that is harmless: FindingCopiedLost.
 	LostCopied int64
@@ -213,10 +216,20 @@ type CheckResult struct {
 }
 
 // Clean reports that the whole image was checked and nothing was found, or is left.
-func (r *CheckResult) Clean() bool { return r.Corruptions == 0 && r.Leaks == 0 && r.CheckErrors == 0 }
+func (r *CheckResult) Clean() bool { return r.Leaks == 0 && r.sound() }
+
+// sound reports that the whole image was checked and nothing but leaks was found, or is left.
+func (r *CheckResult) sound() bool {
+	return r.Corruptions == 0 && r.Unreadable == 0 && r.CheckErrors == 0
+}
 
 // count counts a finding in its total.
 func (r *CheckResult) count(f Finding) {
+	switch f.Kind {
+	case FindingZeroFlag, FindingDataFilePlace:
+		r.Unreadable += f.Times
+		return
+	}
 	switch f.Kind.Class() {
 	case ClassLeak:
 		r.Leaks += f.Times

@@ -272,8 +272,8 @@ func (img *Image) repairStale(o OpenOptions, size int64) (int64, error) {
 		return size, fmt.Errorf("%w: %s: the refcounts must be rebuilt before it is written", ErrDirty, why)
 	}
 	res, _, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
-	if err == nil && res.Corruptions+res.CheckErrors > 0 {
-		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
+	if err == nil && !res.sound() {
+		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions+res.Unreadable, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
 	}
 	if err == nil {
 		size, err = img.host.s.Size()

@@ -787,7 +787,7 @@ func (r *repairer) clearBits() error {
 	if err := c.walk(); err != nil {
 		return err
 	}
-	if c.res.Corruptions > 0 || c.res.CheckErrors > 0 {
+	if !c.res.sound() {
 		return nil
 	}
 	for _, bit := range []uint64{incompatDirty, incompatCorrupt} {
@@ -811,7 +811,7 @@ func (r *repairer) result() (*CheckResult, error) {
 		}
 	}
 	res := *r.last.res
-	res.CorruptionsFixed = max(r.first.res.Corruptions-res.Corruptions, 0)
+	res.CorruptionsFixed = max(r.first.res.Corruptions+r.first.res.Unreadable-res.Corruptions-res.Unreadable, 0)
 	res.LeaksFixed = max(r.first.res.Leaks-res.Leaks, 0)
 	res.Rebuilt = r.rebuilt
 	return &res, nil

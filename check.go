@@ -14,7 +14,7 @@ type RepairScope int
 const (
 	// RepairNothing only looks.
 	RepairNothing RepairScope = iota
-	// RepairLeaks lowers refcounts that are above the references: nothing but free space changes.
+	// RepairLeaks lowers refcounts that are above the references, and sets COPIED where exactly one is left.
 	RepairLeaks
 	// RepairAll repairs everything that can be.
 	RepairAll

@@ -21,7 +21,7 @@ const (
 	exitNoCheck = 63 // the format has nothing that could be checked
 )
 
-// checkInfo is what check tells, under qemu-img's names. Of the numbers only CheckErrors is there when it is 0.
+// checkInfo is what check tells, under qemu-img's names; corruptions that qemu-img does not look for are among them. Of the numbers only CheckErrors is there when it is 0.
 type checkInfo struct {
 	ImageEndOffset     int64  `json:"image-end-offset,omitempty"`
 	CompressedClusters int64  `json:"compressed-clusters,omitempty"`
@@ -95,7 +95,7 @@ func checkCommand() *cobra.Command {
 		switch {
 		case res.CheckErrors > 0:
 			return fmt.Errorf("%s: not everything could be checked", name)
-		case res.Corruptions > 0:
+		case res.Corruptions+res.Unreadable > 0:
 			return &exitError{code: exitCorrupt}
 		case res.Leaks > 0:
 			return &exitError{code: exitLeaks}
@@ -165,7 +165,7 @@ func describeCheck(name string, res *qcow2.CheckResult) *checkInfo {
 		Filename:           name,
 		Format:             disk.QCOW2,
 		CheckErrors:        res.CheckErrors,
-		Corruptions:        res.Corruptions,
+		Corruptions:        res.Corruptions + res.Unreadable,
 		Leaks:              res.Leaks,
 		CorruptionsFixed:   res.CorruptionsFixed,
 		LeaksFixed:         res.LeaksFixed,
@@ -190,7 +190,7 @@ func printCheck(w io.Writer, name string, res *qcow2.CheckResult) error {
 		p.line("refcounts", "made anew")
 	}
 	if !res.Clean() {
-		p.line("corruptions", res.Corruptions)
+		p.line("corruptions", res.Corruptions+res.Unreadable)
 		if res.LostCopied > 0 {
 			p.line("of these without harm", res.LostCopied)
 		}
@@ -215,7 +215,7 @@ func verdict(res *qcow2.CheckResult) string {
 	switch {
 	case res.CheckErrors > 0:
 		return "unknown, because not everything could be checked"
-	case res.Corruptions > res.LostCopied:
+	case res.Corruptions+res.Unreadable > res.LostCopied:
 		return "corrupt: do not write to the image before it is repaired"
 	case res.Corruptions > 0:
 		return "sound, but for flags that cost copies"

@@ -191,7 +191,7 @@ var repairDamages = []repairDamage{
 		return true
 	}},
 	{"leak without COPIED", func(im *hostileImage, rng *rand.Rand) bool {
-		at := im.entry(rng, func(e uint64) bool { return plainEntry(e) && e&flagCopied != 0 })
+		at := im.entry(rng, func(e uint64) bool { return plainEntry(e) && e&flagCopied != 0 && e&offsetMask < uint64(len(im.b)) })
 		if at == 0 || im.g.refcountOrder == 0 {
 			return false
 		}

@@ -34,10 +34,11 @@ func Open(name string, opts *OpenOptions) (*Image, error) {
 // so it serves one open at a time.
 //
 // Errors: ErrNotQcow2, ErrCorrupt and ErrUnsupported (*HeaderError for a field of the header), ErrEncrypted,
-// ErrLimit, ErrDirty for a writable open of a dirty image, ErrLocked, *FileRequiredError where the image
-// names a file that the options give no way to reach, *ResolveError where the resolver refuses it,
-// ErrBackingFormatUnknown, ErrChain, and those of the storage. After an error nothing is held, and nothing
-// was written, but for unknown autoclear features, which a writable open clears.
+// ErrLimit, ErrDirty for a writable open of a dirty image that may or can not be repaired, ErrLocked,
+// *FileRequiredError where the image names a file that the options give no way to reach, *ResolveError where the
+// resolver refuses it, ErrBackingFormatUnknown, ErrChain, and those of the storage. After an error nothing is held,
+// and nothing was written, but for unknown autoclear features, which a writable open clears, and the part of a
+// repair that was done.
 func OpenStorage(s Storage, opts *OpenOptions) (*Image, error) {
 	return open(s, optionsOf(opts), &chain{})
 }

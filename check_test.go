@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"sync"
@@ -447,5 +448,97 @@ func TestEndOffset(t *testing.T) {
 				t.Error(err)
 			}
 		}
+	}
+}
+
+// longStorage is a storage that says it is longer than it is: a file that ends in a hole.
+type longStorage struct {
+	crashStorage
+	size int64
+}
+
+// Size returns the length with the hole.
+func (s longStorage) Size() (int64, error) { return s.size, nil }
+
+// ReadAt reads zeros from the hole.
+func (s longStorage) ReadAt(p []byte, off int64) (int, error) {
+	n, err := s.crashStorage.ReadAt(p, off)
+	if err == io.EOF && off+int64(len(p)) <= s.size {
+		clear(p[n:])
+		return len(p), nil
+	}
+	return n, err
+}
+
+// TestCheckMemory holds the counts to two bytes for each cluster that is referred to, and to nothing for the rest of
+// the file.
+func TestCheckMemory(t *testing.T) {
+	const clusters = 1 << 20
+	got := allocated(func() {
+		r := newRefWords()
+		for ci := range uint64(clusters) {
+			r.add(5+ci, 1, 0, 1<<16-1)
+		}
+	})
+	// A chunk begins as a list, whose growth is garbage soon.
+	if most := uint64(2*clusters + clusters/refChunkWords*16<<10); got > most {
+		t.Errorf("%d clusters took %d bytes, above %d", clusters, got, most)
+	}
+	im := repairBases[0].build(t)
+	d := crashStorage{crashtest.NewDisk(im.b)}
+	check := func(s Storage) (n uint64, res *CheckResult) {
+		return allocated(func() { res, _ = findingsOf(t, s, CheckOptions{}) }), res
+	}
+	short, want := check(d)
+	long, res := check(longStorage{d, 64 << 40})
+	if d := cmp.Diff(want, res); d != "" {
+		t.Errorf("with a hole at the end (-without +with):\n%s", d)
+	}
+	if long > short+64<<10 {
+		t.Errorf("a hole of 64 TiB at the end took %d bytes, and %d without", long, short)
+	}
+}
+
+// TestRefWords compares the counts with a map, over counts of every size, in chunks of every kind.
+func TestRefWords(t *testing.T) {
+	rng := rand.New(rand.NewPCG(5, 6))
+	r, want := newRefWords(), make(map[uint64]uint64)
+	places := []uint64{0, 1<<refChunkBits - 1, 1 << refChunkBits, refDirectMax << refChunkBits, 1 << 46}
+	most := uint64(1 << 20)
+	for range 200_000 {
+		ci := places[rng.IntN(len(places))] + uint64(rng.IntN(1500))
+		n := uint64(1)
+		if rng.IntN(50) == 0 {
+			n = rng.Uint64N(most)
+		}
+		over := r.add(ci, n, refCopied, most)
+		if sum := want[ci] + n; sum > most {
+			if over != sum-most {
+				t.Fatalf("cluster %d: %d references are too many, not %d", ci, over, sum-most)
+			}
+			want[ci] = most
+		} else if want[ci] = sum; over != 0 {
+			t.Fatalf("cluster %d: %d references are too many, of %d", ci, over, sum)
+		}
+		if rng.IntN(100) == 0 {
+			v := rng.Uint64N(20_000)
+			r.set(ci, v)
+			want[ci] = v
+		}
+	}
+	end := uint64(0)
+	for ci, n := range want {
+		if got := r.count(ci); got != n || r.load(ci)&refCopied == 0 {
+			t.Errorf("cluster %d has %d references, want %d", ci, got, n)
+		}
+		if n > 0 {
+			end = max(end, ci+1)
+		}
+	}
+	if got := r.end(); got != end {
+		t.Errorf("the end is %d, want %d", got, end)
+	}
+	if r.count(1<<40) != 0 || r.anyIn(1<<40, 1<<refChunkBits) || !r.anyIn(0, 1<<refChunkBits) {
+		t.Error("references where there are none, or none where there are")
 	}
 }

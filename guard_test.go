@@ -252,56 +252,63 @@ func runOverlap(t *testing.T, im *hostileImage, kind OverlapKinds, off uint64, l
 	}
 }
 
-// TestOverlapQEMU lets QEMU look at an image that a refused write marked, and repairs it.
+// TestOverlapQEMU lets QEMU look at images that a refused write has marked, one for each kind of metadata, and repairs
+// them.
 func TestOverlapQEMU(t *testing.T) {
 	qemutest.Require(t)
-	im := overlapBase(t, 3)
-	overlapLures[1].set(im, im.h.l1Off)
-	path := filepath.Join(t.TempDir(), "marked.qcow2")
-	qemutest.Dump(t, path)
-	if err := os.WriteFile(path, im.b, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	img, err := Open(path, &OpenOptions{ReadWrite: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := img.WriteAt(make([]byte, 512), overlapLures[1].guest); !errors.Is(err, ErrCorrupt) {
-		t.Fatalf("write: %v", err)
-	}
-	if err := img.Close(); !errors.Is(err, ErrCorrupt) {
-		t.Fatalf("Close: %v", err)
-	}
-	specific := qemutest.Info(t, path)["format-specific"].(map[string]any)["data"].(map[string]any)
-	if specific["corrupt"] != true {
-		t.Errorf("qemu-img info: %v", specific)
-	}
-	if _, exit := qemutest.IOExit(t, qemutest.IOOptions{}, path, "write 0 512"); exit == 0 {
-		t.Error("QEMU opens the marked image for writing")
-	}
-	img, err = Open(path, &OpenOptions{ReadWrite: true, CheckOnly: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := img.WriteAt(make([]byte, 512), 0); !errors.Is(err, ErrCheckOnly) {
-		t.Errorf("write of an image that is open for a check: %v", err)
-	}
-	if _, err := img.ReadAt(make([]byte, 512), 0); !errors.Is(err, ErrCheckOnly) {
-		t.Errorf("read of an image that is open for a check: %v", err)
-	}
-	res, err := img.Check(context.Background(), &CheckOptions{Repair: RepairAll})
-	if err != nil || !res.Clean() || res.CorruptionsFixed == 0 {
-		t.Errorf("repair: %+v, %v", res, err)
-	}
-	if err := img.Close(); err != nil {
-		t.Error(err)
-	}
-	qemutest.CheckClean(t, path)
-	if img, err = Open(path, &OpenOptions{ReadWrite: true}); err != nil {
-		t.Fatalf("writable open after the repair: %v", err)
-	}
-	if err := img.Close(); err != nil {
-		t.Error(err)
+	for _, place := range luredPlaces {
+		t.Run(place.kind.String(), func(t *testing.T) {
+			im := overlapBase(t, 3)
+			path := filepath.Join(t.TempDir(), "marked.qcow2")
+			qemutest.Dump(t, path)
+			if err := os.WriteFile(path, im.b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			img, err := Open(path, &OpenOptions{ReadWrite: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			lure := overlapLures[0]
+			lure.set(im, place.off(im))
+			if err := os.WriteFile(path, im.b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := img.WriteAt(make([]byte, 4096), lure.guest); !errors.Is(err, ErrCorrupt) {
+				t.Fatalf("write: %v", err)
+			}
+			if err := img.Close(); !errors.Is(err, ErrCorrupt) {
+				t.Fatalf("Close: %v", err)
+			}
+			specific := qemutest.Info(t, path)["format-specific"].(map[string]any)["data"].(map[string]any)
+			if specific["corrupt"] != true {
+				t.Errorf("qemu-img info: %v", specific)
+			}
+			if _, exit := qemutest.IOExit(t, qemutest.IOOptions{}, path, "write 0 512"); exit == 0 {
+				t.Error("QEMU opens the marked image for writing")
+			}
+			img, err = Open(path, &OpenOptions{ReadWrite: true, CheckOnly: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			res, err := img.Check(context.Background(), &CheckOptions{Repair: RepairAll})
+			if err != nil || !res.Clean() || res.CorruptionsFixed == 0 {
+				t.Errorf("repair: %+v, %v", res, err)
+			}
+			if err := img.Close(); err != nil {
+				t.Error(err)
+			}
+			qemutest.CheckClean(t, path)
+			if img, err = Open(path, &OpenOptions{ReadWrite: true}); err != nil {
+				t.Fatalf("writable open after the repair: %v", err)
+			}
+			if _, err := img.WriteAt(make([]byte, 4096), lure.guest); err != nil {
+				t.Errorf("write after the repair: %v", err)
+			}
+			if err := img.Close(); err != nil {
+				t.Error(err)
+			}
+			qemutest.CheckClean(t, path)
+		})
 	}
 }
 

@@ -408,7 +408,7 @@ func TestCheckParity(t *testing.T) {
 	if len(classes) > 0 {
 		t.Errorf("%d classes of images differ without a reason", len(classes))
 	}
-	if share < parityLeast {
+	if agreed < images*parityLeast/100 {
 		t.Errorf("%.1f %% of the images agree, want %d %% at least", share, parityLeast)
 	}
 }

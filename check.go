@@ -14,7 +14,7 @@ type RepairScope int
 const (
 	// RepairNothing only looks.
 	RepairNothing RepairScope = iota
-	// RepairLeaks lowers refcounts that are above the references: nothing but free space changes.
+	// RepairLeaks lowers refcounts that are above the references, and sets COPIED where exactly one is left.
 	RepairLeaks
 	// RepairAll repairs everything that can be.
 	RepairAll
@@ -30,6 +30,8 @@ type CheckOptions struct {
 	// Progress is called from time to time with the part of the work that is done: bytes of tables, of the
 	// pass that runs. Each pass of a repair begins again at 0.
 	Progress func(done, total int64)
+
+	test testHooks // breaks orderings on purpose, for the crash tests
 }
 
 // FindingKind is a rule that an image breaks.

@@ -155,6 +155,8 @@ func (c *checker) readTables() error {
 			c.find(part(FindingRefcountTable, "refcount table", c.hdr.refTableOff))
 			return nil
 		}
+		c.refTable = newTable(0)
+		return nil
 	}
 	t, err := readTable(c.h, c.hdr.refTableOff, c.hdr.refTableBytes()/8, c.size)
 	if err != nil {
@@ -876,27 +878,33 @@ func (c *checker) walkBlocks() error {
 		return nil
 	}
 	end := max(c.clusters(c.size), c.refs.end())
-	for i := range c.refTable.n {
-		w := c.refTable.load(i)
-		if w == 0 {
-			continue
-		}
-		f := Finding{Kind: FindingRefcountBlock, Part: "refcount table", HostOff: int64(c.hdr.refTableOff + 8*i), GuestOff: noOffset, Found: w}
-		off := w &^ refTableReserved
-		if w&refTableReserved != 0 || c.offsetInCluster(off) != 0 || off>>c.clusterBits >= end {
-			c.unusable = true
-			c.find(f)
-			continue
-		}
-		if c.refs.count(off>>c.clusterBits) != 0 {
-			c.unusable = true // the count itself may be at its most already
-		}
-		c.refer(off, c.clusterSize, 1, 0, f)
-		if n := c.refs.count(off >> c.clusterBits); n != 1 && !c.endOnly {
-			f.Found, f.Expected = n, 1
-			c.unusable = true
-			c.find(f)
+	for k, chunk := range c.refTable.all() {
+		for j, w := range chunk {
+			if w != 0 {
+				c.walkBlock(k<<tableChunkBits+uint64(j), w, end)
+			}
 		}
 	}
 	return nil
+}
+
+// walkBlock counts the refcount block of refcount table entry i, which is w. The clusters of the file are those
+// before end.
+func (c *checker) walkBlock(i, w, end uint64) {
+	f := Finding{Kind: FindingRefcountBlock, Part: "refcount table", HostOff: int64(c.hdr.refTableOff + 8*i), GuestOff: noOffset, Found: w}
+	off := w &^ refTableReserved
+	if w&refTableReserved != 0 || c.offsetInCluster(off) != 0 || off>>c.clusterBits >= end {
+		c.unusable = true
+		c.find(f)
+		return
+	}
+	if c.refs.count(off>>c.clusterBits) != 0 {
+		c.unusable = true // the count itself may be at its most already
+	}
+	c.refer(off, c.clusterSize, 1, 0, f)
+	if n := c.refs.count(off >> c.clusterBits); n != 1 && !c.endOnly {
+		f.Found, f.Expected = n, 1
+		c.unusable = true
+		c.find(f)
+	}
 }

@@ -13,19 +13,19 @@ import (
 // before, so that a repair that was interrupted, by a crash or an error, is simply made again:
 //
 //	1  what hides references: bitmaps and snapshots that cannot be read are dropped      header writes, sync
-//	2  COPIED off where there is not exactly one reference; refcounts raised              sync
-//	   to what the entries need now and what they will need after step 4: in place, with
-//	   new refcount blocks where some are missing (written, sync, hooked up, sync), or,
+//	2  COPIED off where there is not exactly one reference                               sync
+//	   refcounts raised to the references that the check counts: in place, with new      sync
+//	   refcount blocks where some are missing (written, sync, hooked up, sync), or,
 //	   where the table or a block cannot be used, in a new table with new blocks beside
 //	   the old ones (written, sync, one header write, sync)
-//	3  snapshot table entries                                                             sync
-//	4  table entries that the format forbids                                              sync
-//	5  refcounts lowered to the references that are left                                  sync
-//	6  COPIED on where there is exactly one reference                                     sync
-//	7  if nothing is left: the dirty bit off, sync, the corrupt bit off                   sync
+//	3  snapshot table entries                                                            sync
+//	4  table entries that the format forbids                                             sync
+//	5  refcounts lowered to the references that are left                                 sync
+//	6  COPIED on where there is exactly one reference                                    sync
+//	7  if nothing is left: the dirty bit off, sync, the corrupt bit off                  sync
 //
-// Raising counts and clearing COPIED make nothing worse in whatever part they become durable. After step 2 the
-// count of every cluster is at least the number of references to it on disk, and stays so: step 4 only
+// Clearing COPIED makes nothing worse, and raising counts neither once the flags are gone that would speak of one.
+// After step 2 the count of every cluster is at least the number of references to it on disk, and stays so: step 4 only
 // takes references away, and step 5 lowers only counts whose references are durably gone (I1, I4).
 // A new block or table is durable before anything points at it, and the header switches between tables that
 // are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
@@ -114,8 +114,11 @@ func (r *repairer) again() (*checker, error) {
 }
 
 // sync makes what was written durable.
-func (r *repairer) sync() error {
-	if !r.changed {
+func (r *repairer) sync() error { return r.syncAt(repairSyncOther) }
+
+// syncAt is sync at a place that the crash tests know.
+func (r *repairer) syncAt(at repairSync) error {
+	if !r.changed || r.o.test.repairSkip == at {
 		return nil
 	}
 	r.changed = false
@@ -217,7 +220,7 @@ func (r *repairer) lower(c *checker) error {
 	if err != nil {
 		return err
 	}
-	if err := r.sync(); err != nil {
+	if err := r.syncAt(repairSyncLower); err != nil {
 		return err
 	}
 	set := func(w uint64) (uint64, error) {
@@ -501,10 +504,10 @@ func (r *repairer) raise(c *checker) error {
 	if err := r.eachCopied(c, clearWrong); err != nil {
 		return err
 	}
+	if err := r.syncAt(repairSyncClear); err != nil {
+		return err
+	}
 	if c.unusable {
-		if err := r.sync(); err != nil {
-			return err
-		}
 		return r.rebuild(c)
 	}
 	blocks, err := r.missingBlocks(c)
@@ -639,7 +642,7 @@ func (r *repairer) rebuild(c *checker) error {
 			return fmt.Errorf("new refcount table: %w", err)
 		}
 	}
-	if err := r.sync(); err != nil {
+	if err := r.syncAt(repairSyncTable); err != nil {
 		return err
 	}
 	off, header := encodeRefcountTableFields(at, uint32(size.tableClusters))
@@ -751,7 +754,7 @@ func (r *repairer) mendEntries(c *checker) error {
 	if err := r.mendBitmaps(c); err != nil {
 		return err
 	}
-	return r.sync()
+	return r.syncAt(repairSyncMend)
 }
 
 // mendBitmaps takes impossible entries out of the tables of bitmaps. What such a bitmap says is not known any

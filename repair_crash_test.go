@@ -182,6 +182,23 @@ var repairDamages = []repairDamage{
 		}
 		return at != 0
 	}},
+	{"compressed with subclusters", func(im *hostileImage, rng *rand.Rand) bool {
+		at := im.entry(rng, func(e uint64) bool { return e&flagCompressed != 0 })
+		if at == 0 || !im.g.extendedL2 {
+			return false
+		}
+		im.put(at+8, 8, 1)
+		return true
+	}},
+	{"leak without COPIED", func(im *hostileImage, rng *rand.Rand) bool {
+		at := im.entry(rng, func(e uint64) bool { return plainEntry(e) && e&flagCopied != 0 })
+		if at == 0 || im.g.refcountOrder == 0 {
+			return false
+		}
+		im.setRefcount(im.u64(at)&offsetMask, 2)
+		im.put(at, 8, im.u64(at)&^flagCopied)
+		return true
+	}},
 	{"subclusters", func(im *hostileImage, rng *rand.Rand) bool {
 		if im.g.extendedL2 {
 			at := im.entry(rng, plainEntry)
@@ -340,7 +357,8 @@ func TestRepair(t *testing.T) {
 }
 
 // TestRepairCrash interrupts repairs at every host operation: each state that a crash may leave holds what could be
-// read before, carries no bit that says it is sound while it is not, and is repaired by a second run.
+// read before, is in no respect worse than the image was, carries no bit that says it is sound while it is not, and
+// is repaired by a second run.
 func TestRepairCrash(t *testing.T) {
 	perPoint, seeds := 4, uint64(4)
 	if testing.Short() {
@@ -354,7 +372,7 @@ func TestRepairCrash(t *testing.T) {
 	t.Run("seeds", func(t *testing.T) {
 		for seed := range seeds {
 			damagedImages(t, 100+seed, func(t *testing.T, name string, im *hostileImage, rng *rand.Rand) {
-				stats, err := repairCrash(im, rng, perPoint)
+				stats, err := repairCrash(im, rng, perPoint, repairSyncNone)
 				if err != nil {
 					t.Errorf("%s: %v", name, err)
 				}
@@ -367,13 +385,53 @@ func TestRepairCrash(t *testing.T) {
 	t.Logf("crash states of repairs: %v", <-total)
 }
 
-// repairCrash records the repair of im and looks at the states of its crashes.
-func repairCrash(im *hostileImage, rng *rand.Rand, perPoint int) (crashtest.Stats, error) {
+// worse returns in which respect the walk now found more than the walk before: counts too low, flags wrong, bad
+// entries. Where there was nothing to walk, nothing can be worse.
+func worse(before, now *refwalk.Report) string {
+	if before == nil || now == nil {
+		return ""
+	}
+	for _, n := range []struct {
+		what        string
+		before, now int
+	}{
+		{"I1: counts too low", before.TooLow, now.TooLow},
+		{"I3: bad entries", before.BadEntries, now.BadEntries},
+		{"I7: wrong COPIED", before.CopiedWrong, now.CopiedWrong},
+	} {
+		if n.now > n.before {
+			return fmt.Sprintf("%s: %d, and %d before the repair: %s", n.what, n.now, n.before, strings.Join(now.Findings, "; "))
+		}
+	}
+	return ""
+}
+
+// walkDisk walks the image in d; nil if there is nothing to walk.
+func walkDisk(d *crashtest.Disk) *refwalk.Report {
+	size, err := d.Size()
+	if err != nil {
+		return nil
+	}
+	rep, err := refwalk.Walk(d, size)
+	if err != nil {
+		return nil
+	}
+	return rep
+}
+
+// repairCrash records the repair of im, without the sync skip, and looks at the states of its crashes.
+func repairCrash(im *hostileImage, rng *rand.Rand, perPoint int, skip repairSync) (crashtest.Stats, error) {
 	cluster := int64(im.g.clusterSize)
 	rec := crashtest.NewRecorder()
 	file := rec.Regular("image", im.b)
 	before := readClusters(crashStorage{file}, cluster)
-	if _, err := repairStorage(crashStorage{file}, RepairAll); err != nil {
+	walked := walkDisk(file.Disk())
+	img, err := OpenStorage(crashStorage{file}, &OpenOptions{ReadWrite: true, CheckOnly: true})
+	if err != nil {
+		return crashtest.Stats{}, err
+	}
+	_, err = img.Check(context.Background(), &CheckOptions{Repair: RepairAll, test: testHooks{repairSkip: skip}})
+	if err := errors.Join(err, img.Close()); err != nil {
 		return crashtest.Stats{}, err
 	}
 	marked := im.b[fieldIncompatible+7]&incompatCorrupt != 0 && im.h.version >= 3
@@ -382,15 +440,11 @@ func repairCrash(im *hostileImage, rng *rand.Rand, perPoint int) (crashtest.Stat
 		if lost := lostContent(before, readClusters(crashStorage{d}, cluster)); lost != "" {
 			return fmt.Errorf("%s: %s", s, lost)
 		}
-		size, err := d.Size()
-		if err != nil {
-			return err
+		rep := walkDisk(d)
+		if w := worse(walked, rep); w != "" {
+			return fmt.Errorf("%s: %s", s, w)
 		}
-		rep, err := refwalk.Walk(d, size)
-		if err != nil || !marked || rep.Header.Corrupt() {
-			rep = nil // it cannot be walked, or says itself that it is not sound
-		}
-		if rep != nil && rep.Corruptions() > rep.Overlaps {
+		if rep != nil && marked && !rep.Header.Corrupt() && rep.Corruptions() > rep.Overlaps {
 			return fmt.Errorf("%s: the corrupt bit is off, but: %s", s, strings.Join(rep.Findings, "; "))
 		}
 		res, err := repairStorage(crashStorage{d}, RepairAll)
@@ -399,6 +453,44 @@ func repairCrash(im *hostileImage, rng *rand.Rand, perPoint int) (crashtest.Stat
 		}
 		return nil
 	})
+}
+
+// TestRepairBroken leaves out one sync of a repair at a time, and wants the crash states to show it, under the
+// number of the invariant that the sync is for. The same repairs with the sync show nothing.
+func TestRepairBroken(t *testing.T) {
+	tests := []struct {
+		name         string
+		skip         repairSync
+		base, damage string
+		want         string
+	}{
+		{"raised before COPIED is off", repairSyncClear, "extended", "entry misaligned", "I7"},
+		{"header before its table", repairSyncTable, "snapshot", "refcount block shared", "I1"},
+		{"lowered before the entry", repairSyncMend, "extended", "compressed with subclusters", "I1"},
+		{"COPIED before the count", repairSyncLower, "plain", "leak without COPIED", "I7"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			rb := repairBases[slices.IndexFunc(repairBases, func(b repairBase) bool { return b.name == tt.base })]
+			damage := repairDamages[slices.IndexFunc(repairDamages, func(d repairDamage) bool { return d.name == tt.damage })]
+			for seed := range uint64(8) {
+				im := rb.build(t)
+				if !damage.do(im, rand.New(rand.NewPCG(seed, 0))) {
+					t.Fatal("the image has not got what is to be damaged")
+				}
+				if _, err := repairCrash(im, rand.New(rand.NewPCG(seed, 1)), 16, repairSyncNone); err != nil {
+					t.Fatalf("with the sync: %v", err)
+				}
+				if _, err := repairCrash(im, rand.New(rand.NewPCG(seed, 1)), 16, tt.skip); err != nil {
+					if !strings.Contains(err.Error(), tt.want+":") {
+						t.Errorf("%v, want %s", err, tt.want)
+					}
+					return
+				}
+			}
+			t.Error("no crash state shows it")
+		})
+	}
 }
 
 // TestRepairFaults fails every host operation of repairs once: the call says so, nothing that could be read is lost,

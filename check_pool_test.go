@@ -130,21 +130,6 @@ func (f *pagedFile) save(path string) error {
 	return out.Close()
 }
 
-// storage returns a new storage of the content.
-func (f *pagedFile) storage() (*MemoryStorage, error) {
-	s := NewMemoryStorage()
-	if err := s.Truncate(f.size); err != nil {
-		return nil, err
-	}
-	for i, page := range f.pages {
-		n := min(filePage, f.size-i*filePage)
-		if _, err := s.WriteAt(page[:n], i*filePage); err != nil {
-			return nil, err
-		}
-	}
-	return s, nil
-}
-
 // poolSpec describes a sound image of the pool.
 type poolSpec struct {
 	kind        string

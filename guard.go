@@ -154,9 +154,6 @@ func (img *Image) snapshotTableBytes() uint64 {
 	return s.entryOff + minSnapshotEntry + uint64(len(s.extra)+len(s.id)+len(s.name)) - img.hdr.snapshotsOff
 }
 
-// errScanned ends a scan.
-var errScanned = errors.New("scanned")
-
 // scanMetadata looks for metadata of the kinds that are watched in the n host clusters from first on, in the
 // tables themselves: for where the list has no room. See overlapList.scan.
 func (img *Image) scanMetadata(first, n uint64) (kinds OverlapKinds, at uint64) {

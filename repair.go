@@ -649,9 +649,36 @@ func (r *repairer) rebuild(c *checker) error {
 	if err := r.writeHeader(off, header); err != nil {
 		return err
 	}
+	oldOff, oldBytes := r.h.refTableOff, r.h.refTableBytes()
 	r.h.refTableOff, r.h.refTableClusters = at, uint32(size.tableClusters)
 	r.rebuilt = true
+	r.retire(c, oldOff, oldBytes)
+	r.host.enter(OverlapRefcountTable, at, size.tableClusters<<c.clusterBits)
+	for i := range t.n {
+		if off := t.load(i); off != 0 {
+			r.host.enter(OverlapRefcountBlock, off, c.clusterSize)
+		}
+	}
 	return nil
+}
+
+// retire takes the refcount table of c, which was n bytes at host offset off, and its blocks off the list of
+// metadata: another table that lies in one of their clusters has it for itself now, and is mended like others.
+func (r *repairer) retire(c *checker, off, n uint64) {
+	if c.refTable == nil {
+		return
+	}
+	leave := func(k OverlapKinds, off, n uint64) {
+		if n > 0 && c.inside(off, n) {
+			r.host.leave(k, off, n)
+		}
+	}
+	leave(OverlapRefcountTable, off, n)
+	for _, chunk := range c.refTable.all() {
+		for _, w := range chunk {
+			leave(OverlapRefcountBlock, w&^refTableReserved, c.clusterSize)
+		}
+	}
 }
 
 // mendSnapshotTable is step 3: it writes the new snapshot table, or takes impossible L1 tables out of the old

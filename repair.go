@@ -30,6 +30,9 @@ import (
 // A new block or table is durable before anything points at it, and the header switches between tables that
 // are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
 // cluster whose count of one is durable (I7). The bits that keep writers out go last.
+//
+// An entry in a cluster of another table is left alone. If that was an old refcount table or block, the entry is
+// mended after the new ones took over, COPIED included: until then it is as wrong as it was.
 type repairer struct {
 	ctx   context.Context
 	host  *hostFile
@@ -507,17 +510,24 @@ func (r *repairer) raise(c *checker) error {
 	if err := r.syncAt(repairSyncClear); err != nil {
 		return err
 	}
-	if c.unusable {
-		return r.rebuild(c)
-	}
-	blocks, err := r.missingBlocks(c)
-	if err != nil {
-		return err
+	var blocks []newBlock
+	if !c.unusable {
+		var err error
+		if blocks, err = r.missingBlocks(c); err != nil {
+			return err
+		}
 	}
 	if blocks == nil {
-		return r.rebuild(c)
+		if err := r.rebuild(c); err != nil {
+			return err
+		}
+		// An entry in a cluster of the old structures could not be cleared before.
+		if err := r.eachCopied(c, clearWrong); err != nil {
+			return err
+		}
+		return r.sync()
 	}
-	err = r.writeCounts(c, func(stored, n uint64) uint64 { return max(stored, n) })
+	err := r.writeCounts(c, func(stored, n uint64) uint64 { return max(stored, n) })
 	if err != nil {
 		return err
 	}

@@ -165,6 +165,9 @@ func (r *repairer) writeChanged(use clusterUse, before, now []byte, off uint64) 
 
 // repair mends what it can of what the first check found.
 func (r *repairer) repair() error {
+	if err := r.checkDataFile(); err != nil {
+		return err
+	}
 	if r.o.Repair == RepairLeaks {
 		return r.repairLeaks()
 	}
@@ -199,6 +202,16 @@ func (r *repairer) repair() error {
 		return err
 	}
 	return r.clearBits()
+}
+
+// checkDataFile refuses to repair an image with the data file bit that names no data file, unless it is sound. If
+// the bit is what is wrong, the clusters are in the image: a repair by it would free them all, and replace the
+// offsets that lead to them.
+func (r *repairer) checkDataFile() error {
+	if !r.h.hasDataFile() || r.h.dataFileName != "" || r.first.sound() {
+		return nil
+	}
+	return &CorruptError{What: "external data file bit without a data file's name", HostOff: fieldIncompatible, GuestOff: noOffset}
 }
 
 // sound reports that the check found nothing at all to mend, but for the bits in the header.

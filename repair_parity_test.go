@@ -296,6 +296,9 @@ func (img *poolImage) repairAll(t testing.TB, dir poolDir, what string, f *paged
 		}
 	}
 	var lost string
+	if errors.Is(repair.err, ErrCorrupt) && !now.f.equal(f) {
+		o.fault("a repair that was refused changed the image: %v", repair)
+	}
 	if lost, o.shared = img.lost(t, f, before, img.contentsOf(t, now.f)); lost != "" {
 		o.fault("%s", lost)
 	}
@@ -332,6 +335,8 @@ func unrepairable(f *pagedFile, o *checkOutcome) string {
 	case errors.As(o.err, &header):
 		field, _, _ := strings.Cut(header.Field, " ") // "extension" and more
 		return "the header cannot be used: " + field
+	case errors.As(o.err, &corrupt) && corrupt.HostOff == fieldIncompatible:
+		return "the data file bit without a data file"
 	case errors.As(o.err, &corrupt) && strings.Contains(corrupt.What, "active L1 table"):
 		return "the active L1 table is far past the end of the file"
 	case o.err != nil:
@@ -349,6 +354,8 @@ func unrepairable(f *pagedFile, o *checkOutcome) string {
 		}
 		kinds[f.Kind] = true
 		switch {
+		case f.Kind == FindingSnapshotDataFile:
+			return "snapshots with a data file"
 		case f.Part == "crypto header" && f.Kind == FindingBeyondEnd:
 			return "the crypto header is past the end of the file"
 		case in[uint64(f.HostOff)>>c.clusterBits] > 1:

@@ -416,7 +416,7 @@ func TestRepairParity(t *testing.T) {
 		}
 		cleanToUs++
 	}
-	t.Logf("seed %d, %d images: %d repaired, %d of them with a fault; %d guest clusters left out; QEMU repaired %d, of which we find %d clean",
+	t.Logf("seed %d, %d images: %d repaired, %d with a fault; %d guest clusters left out; QEMU repaired %d, of which we find %d clean",
 		seed, images-first, repaired, faults, shared, byQEMU, cleanToUs)
 	logClasses(t, "repairs", classes)
 }
@@ -527,4 +527,39 @@ func TestRebuild(t *testing.T) {
 		}
 	}
 	t.Logf("%d images", n)
+}
+
+// TestRepairShared repairs images in which a table lies in the old refcount structures, which ends when these are
+// replaced, and one that a wrong bit in the header makes another image.
+func TestRepairShared(t *testing.T) {
+	qemutest.Require(t)
+	dir := newPoolDir(t)
+	for _, test := range []struct {
+		name    string
+		spec    poolSpec
+		damages func(img *poolImage) []damage
+		class   string
+	}{
+		{"L2 table in a refcount block", poolSpec{kind: "data", byUs: true, external: true}, func(img *poolImage) []damage {
+			return []damage{setWord(partL1, img.sites.words[partL1][0], flagCopied|uint64(img.sites.refBlocks[0]))}
+		}, ""},
+		{"L1 table in the refcount table, with COPIED where a cluster has two owners", poolSpec{kind: "plain"}, func(img *poolImage) []damage {
+			h, l1, l2 := img.sites.h, img.sites.words[partL1], img.sites.words[partL2]
+			data := l2[slices.IndexFunc(l2, func(at int64) bool { return img.sites.word(img.file, at)&offsetMask != 0 })]
+			return []damage{
+				setField(t, "refcount_table_clusters", (h.L1Off-h.RefTableOff)>>h.ClusterBits+1),
+				setWord(partL1, l1[len(l1)-1], flagCopied|img.sites.word(img.file, data)&offsetMask),
+			}
+		}, ""},
+		{"data file bit", poolSpec{kind: "plain"}, func(img *poolImage) []damage {
+			return []damage{setField(t, "incompatible_features", incompatDataFile)}
+		}, "the data file bit without a data file"},
+	} {
+		test.spec.clusterBits, test.spec.width = 12, 16
+		img := (&poolImage{poolSpec: test.spec.legal(), seed: uint64(len(pool))}).image(t)
+		f := damaged(img.file, test.damages(img)...)
+		if o := img.repairAll(t, dir, test.name, f); len(o.faults) > 0 || o.class != test.class {
+			t.Errorf("%s: class %q, want %q\n%s", test.name, o.class, test.class, strings.Join(o.faults, "\n"))
+		}
+	}
 }

@@ -30,6 +30,9 @@ import (
 // A new block or table is durable before anything points at it, and the header switches between tables that
 // are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
 // cluster whose count of one is durable (I7). The bits that keep writers out go last.
+//
+// An entry in a cluster of another table is left alone. If that was an old refcount table or block, the entry is
+// mended after the new ones took over, COPIED included: until then it is as wrong as it was.
 type repairer struct {
 	ctx   context.Context
 	host  *hostFile
@@ -162,6 +165,9 @@ func (r *repairer) writeChanged(use clusterUse, before, now []byte, off uint64) 
 
 // repair mends what it can of what the first check found.
 func (r *repairer) repair() error {
+	if err := r.checkDataFile(); err != nil {
+		return err
+	}
 	if r.o.Repair == RepairLeaks {
 		return r.repairLeaks()
 	}
@@ -196,6 +202,16 @@ func (r *repairer) repair() error {
 		return err
 	}
 	return r.clearBits()
+}
+
+// checkDataFile refuses to repair an image with the data file bit that names no data file, unless it is sound. If
+// the bit is what is wrong, the clusters are in the image: a repair by it would free them all, and replace the
+// offsets that lead to them.
+func (r *repairer) checkDataFile() error {
+	if !r.h.hasDataFile() || r.h.dataFileName != "" || r.first.sound() {
+		return nil
+	}
+	return &CorruptError{What: "external data file bit without a data file's name", HostOff: fieldIncompatible, GuestOff: noOffset}
 }
 
 // sound reports that the check found nothing at all to mend, but for the bits in the header.
@@ -507,17 +523,24 @@ func (r *repairer) raise(c *checker) error {
 	if err := r.syncAt(repairSyncClear); err != nil {
 		return err
 	}
-	if c.unusable {
-		return r.rebuild(c)
-	}
-	blocks, err := r.missingBlocks(c)
-	if err != nil {
-		return err
+	var blocks []newBlock
+	if !c.unusable {
+		var err error
+		if blocks, err = r.missingBlocks(c); err != nil {
+			return err
+		}
 	}
 	if blocks == nil {
-		return r.rebuild(c)
+		if err := r.rebuild(c); err != nil {
+			return err
+		}
+		// An entry in a cluster of the old structures could not be cleared before.
+		if err := r.eachCopied(c, clearWrong); err != nil {
+			return err
+		}
+		return r.sync()
 	}
-	err = r.writeCounts(c, func(stored, n uint64) uint64 { return max(stored, n) })
+	err := r.writeCounts(c, func(stored, n uint64) uint64 { return max(stored, n) })
 	if err != nil {
 		return err
 	}

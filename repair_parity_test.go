@@ -203,8 +203,7 @@ func (c *checker) tables() map[uint64]int {
 
 // shared reports whether what leads to the cluster of guest offset guest in the disk with the L1 table at l1Off
 // is also something else, or the cluster is a table: then it is the table that was read, and a repair mends it.
-// Two more are true of version 2: the walker reads zeros where a zero flag is, which no reader may accept, and a
-// cluster past the end of the file becomes the backing file's, since no entry of an overlay says zeros.
+// In version 2, the walker reads zeros where a zero flag is, which no reader may accept.
 func (c *checker) shared(in map[uint64]int, l1Off, guest uint64) bool {
 	word := func(off uint64) uint64 {
 		var p [16]byte
@@ -223,8 +222,7 @@ func (c *checker) shared(in map[uint64]int, l1Off, guest uint64) bool {
 	}
 	e := word(l2 + guest>>c.clusterBits&(1<<c.l2Bits-1)<<c.l2EntryBits)
 	if e&flagCompressed == 0 {
-		past := !c.inside(e&offsetMask, c.clusterSize) && c.hdr.backingName != ""
-		if c.version2 && (past || e&flagZero != 0) {
+		if c.version2 && e&flagZero != 0 {
 			return true
 		}
 		return cluster(e&offsetMask) > 0

@@ -11,9 +11,10 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
 	"regexp"
 	"time"
+
+	"github.com/go-qcow2/qcow2/internal/measure"
 )
 
 // config is what the flags say.
@@ -29,7 +30,7 @@ type config struct {
 
 // parseFlags reads the command line.
 func parseFlags() (config, error) {
-	dir := flag.String("dir", defaultDir(), "directory for the files; the figures are meant for a tmpfs")
+	dir := flag.String("dir", measure.DefaultDir(), "directory for the files; the figures are meant for a tmpfs")
 	quick := flag.Bool("quick", false, "a short run, for a look: smaller disks and shorter slices")
 	rounds := flag.Int("rounds", 21, "measured rounds per row, at least 15")
 	run := flag.String("run", "", "only rows that match the regular expression, as in 'random read/2'")
@@ -47,14 +48,6 @@ func parseFlags() (config, error) {
 	return c, nil
 }
 
-// defaultDir returns the tmpfs of Linux, or the system's directory for temporary files.
-func defaultDir() string {
-	if fi, err := os.Stat("/dev/shm"); err == nil && fi.IsDir() {
-		return "/dev/shm"
-	}
-	return os.TempDir()
-}
-
 func main() {
 	c, err := parseFlags()
 	if err == nil {
@@ -66,25 +59,17 @@ func main() {
 	}
 }
 
-// run makes the files, measures, prints the report and removes the files.
+// run measures in a directory of its own and prints the report.
 func run(c config) error {
-	dir, err := os.MkdirTemp(c.dir, "qcow2-bench-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	// An interrupted run leaves no gigabytes in memory either.
-	interrupt := make(chan os.Signal, 1)
-	signal.Notify(interrupt, os.Interrupt)
-	go func() {
-		<-interrupt
-		os.RemoveAll(dir)
-		os.Exit(1)
-	}()
+	return measure.InDir(c.dir, func(dir string) error { return runIn(dir, c) })
+}
 
+// runIn makes the files in dir, measures and prints the report.
+func runIn(dir string, c config) error {
 	begin := time.Now()
 	var q *qemu
 	if c.qemu {
+		var err error
 		if q, err = findQEMU(); err != nil {
 			fmt.Fprintln(os.Stderr, "bench: without qemu-img:", err)
 		}

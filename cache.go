@@ -254,6 +254,18 @@ func (c *tableCache) dropLocked(key sliceKey) {
 	}
 }
 
+// forget removes all slices of image id, none of which has changes.
+func (c *tableCache) forget(id uint16) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.sets {
+		if s := c.sets[i].Load(); s != nil && uint64(s.key)>>48 == uint64(id) {
+			c.sets[i].Store(nil)
+			s.resident = false
+		}
+	}
+}
+
 // change runs f, which changes s.words, and marks the slice dirty. It reports false, without running
 // f, if s is no longer resident: the caller gets the slice again. What a cut took stays as it was.
 // Precondition: the image's metadata lock is held, so that changes follow each other.

@@ -2,8 +2,10 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 )
 
 // RepairScope says what a check repairs.
@@ -12,7 +14,7 @@ type RepairScope int
 const (
 	// RepairNothing only looks.
 	RepairNothing RepairScope = iota
-	// RepairLeaks lowers refcounts that are above the references: nothing but free space changes.
+	// RepairLeaks lowers refcounts that are above the references, and sets COPIED where exactly one is left.
 	RepairLeaks
 	// RepairAll repairs everything that can be.
 	RepairAll
@@ -28,6 +30,8 @@ type CheckOptions struct {
 	// Progress is called from time to time with the part of the work that is done: bytes of tables, of the
 	// pass that runs. Each pass of a repair begins again at 0.
 	Progress func(done, total int64)
+
+	test testHooks // breaks orderings on purpose, for the crash tests
 }
 
 // FindingKind is a rule that an image breaks.
@@ -193,7 +197,10 @@ type CheckResult struct {
 	// Corruptions and Leaks are the numbers of findings of either class; CheckErrors that of places which
 	// could not be checked.
 	Corruptions, Leaks, CheckErrors int64
-	// CorruptionsFixed and LeaksFixed are the numbers of findings that a repair mended.
+	// Unreadable is the number of entries that no reader accepts, and that qemu-img check passes over:
+	// FindingZeroFlag and FindingDataFilePlace. They are corruptions that count nowhere else.
+	Unreadable int64
+	// CorruptionsFixed (unreadable entries too) and LeaksFixed are the numbers of findings that a repair mended.
 	CorruptionsFixed, LeaksFixed int64
 	// LostCopied is the part of Corruptions that is harmless: FindingCopiedLost.
 	LostCopied int64
@@ -211,10 +218,20 @@ type CheckResult struct {
 }
 
 // Clean reports that the whole image was checked and nothing was found, or is left.
-func (r *CheckResult) Clean() bool { return r.Corruptions == 0 && r.Leaks == 0 && r.CheckErrors == 0 }
+func (r *CheckResult) Clean() bool { return r.Leaks == 0 && r.sound() }
+
+// sound reports that the whole image was checked and nothing but leaks was found, or is left.
+func (r *CheckResult) sound() bool {
+	return r.Corruptions == 0 && r.Unreadable == 0 && r.CheckErrors == 0
+}
 
 // count counts a finding in its total.
 func (r *CheckResult) count(f Finding) {
+	switch f.Kind {
+	case FindingZeroFlag, FindingDataFilePlace:
+		r.Unreadable += f.Times
+		return
+	}
 	switch f.Kind.Class() {
 	case ClassLeak:
 		r.Leaks += f.Times
@@ -244,11 +261,12 @@ func (o *CheckOptions) validate() error {
 // the result, and each finding is handed to CheckOptions.Found. Guest data is not read, nor any other file.
 //
 // An image that cannot be opened otherwise is opened for it with OpenOptions.CheckOnly. In an image that is
-// open for writing, reads go on beside it, everything else waits, and it sees what Sync would have written.
+// open for writing, reads go on beside it, everything else waits, and it begins with a Sync.
 // Memory is two bytes for each host cluster that is referred to.
 //
 // Errors: that of the context, *OptionError, ErrReadOnly for a repair of an image that was opened for reading,
-// fs.ErrClosed, and those of the storage. The result is that of the part that was done then.
+// ErrFailed after a failed sync, ErrCorrupt where RepairLeaks would not do, fs.ErrClosed, and
+// those of the storage. The result is that of the part that was done then.
 //
 // qcow2 spec, "Host cluster management", "Cluster mapping", "Snapshots" and "Bitmaps".
 func (img *Image) Check(ctx context.Context, opts *CheckOptions) (*CheckResult, error) {
@@ -268,32 +286,114 @@ func (img *Image) check(ctx context.Context, o *CheckOptions) (*CheckResult, err
 	if err := o.validate(); err != nil {
 		return nil, err
 	}
+	if !img.readOnly {
+		return img.checkLive(ctx, o)
+	}
 	defer img.reqs.leave(img.reqs.enter()) // Close waits for it
 	if img.closed.Load() {
 		return nil, fs.ErrClosed
 	}
-	if img.readOnly {
-		if o.Repair != RepairNothing && !img.repairs {
-			return nil, ErrReadOnly
-		}
-		return checkFile(ctx, img.host, img.hdr, o)
+	if o.Repair == RepairNothing {
+		res, _, err := checkFile(ctx, img.host, img.hdr, o)
+		return res, err
 	}
-	return checkFile(ctx, img.host, img.hdr, o)
+	if !img.repairs {
+		return nil, ErrReadOnly
+	}
+	img.mu.Lock() // one repair after the other
+	defer img.mu.Unlock()
+	res, _, err := checkFile(ctx, img.host, img.hdr, o)
+	return res, err
 }
 
-// checkFile checks, and repairs, the image with header h in host. It keeps h as the header on disk.
-func checkFile(ctx context.Context, host *hostFile, h *header, o *CheckOptions) (*CheckResult, error) {
+// checkLive is check of an image that is open for writing. It holds all guest clusters and the metadata lock, so
+// that what is on the host stays as a write-back and the release of all that was dropped have left it; reads go
+// on.
+//
+// A repair changes tables under the image. What the image holds of them is read again afterwards. A read in flight
+// may still put a slice into the cache that it read before the repair; so the cache is emptied only when
+// those are done.
+func (img *Image) checkLive(ctx context.Context, o *CheckOptions) (*CheckResult, error) {
+	all := clusterRange{first: 0, last: math.MaxUint64}
+	img.reqs.lock(&all)
+	defer img.reqs.unlock(&all)
+	if err := img.writable(); err != nil {
+		return nil, err
+	}
+	if err := img.flush(); err != nil {
+		return nil, err
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.startMu.Lock()
+	defer img.startMu.Unlock()
+	if n := len(img.wb.limbo); n > 0 {
+		img.reqs.waitPast(img.wb.limbo[n-1].epoch)
+	}
+	if err := errors.Join(img.releaseLimbo(), img.m.alloc.writeBack()); err != nil {
+		return nil, err
+	}
+	res, changed, err := checkFile(ctx, img.host, img.hdr, o)
+	if !changed {
+		return res, err
+	}
+	img.reqs.waitPast(img.reqs.advance())
+	if rerr := img.reload(); rerr != nil {
+		// What the image knows of its tables may be stale: it must not write by it.
+		err = errors.Join(err, img.host.fail(fmt.Errorf("read the repaired tables: %w", rerr)))
+	}
+	return res, err
+}
+
+// reload reads the tables that a repair has changed. Preconditions: mu, startMu, all guest clusters held, nothing
+// dirty.
+func (img *Image) reload() error {
+	m, h := img.m, img.hdr
+	s := img.host.s
+	size, err := s.Size()
+	if err != nil {
+		return err
+	}
+	m.cache.forget(m.id)
+	l1, err := readTable(img.host, h.l1Off, uint64(h.l1Size), uint64(size))
+	if err != nil {
+		return fmt.Errorf("L1 table: %w", err)
+	}
+	for i := range m.l1.n {
+		if w := l1.load(i); m.l1.load(i) != w {
+			m.l1.store(i, w)
+		}
+	}
+	clusters := uint64(h.refTableClusters)
+	t, err := readTable(img.host, h.refTableOff, clusters<<m.clusterBits/8, uint64(size))
+	if err != nil {
+		return fmt.Errorf("refcount table: %w", err)
+	}
+	m.alloc.reload(t, h.refTableOff, clusters)
+	if img.snapshots, err = readSnapshotTable(s, size, h, img.limits); err != nil {
+		return err
+	}
+	img.featureMu.Lock()
+	img.wb.dirty = h.dirty()
+	img.featureMu.Unlock()
+	return img.watchMetadata()
+}
+
+// checkFile checks, and repairs, the image with header h in host. It keeps h as the header on disk, and reports
+// whether anything was changed there.
+func checkFile(ctx context.Context, host *hostFile, h *header, o *CheckOptions) (res *CheckResult, changed bool, err error) {
 	size, err := host.s.Size()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	c := newChecker(ctx, host, h, size, o)
 	if err := c.walk(); err != nil || o.Repair == RepairNothing {
-		return c.res, err
+		return c.res, false, err
 	}
 	r := &repairer{ctx: ctx, host: host, h: h, o: o, first: c}
 	if err := r.repair(); err != nil {
-		return c.res, fmt.Errorf("repair: %w", err)
+		return c.res, r.wrote, fmt.Errorf("repair: %w", err)
 	}
-	return r.result()
+	res, err = r.result()
+	return res, r.wrote, err
 }

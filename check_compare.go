@@ -230,62 +230,71 @@ func (c *checker) storedOne(ci uint64) (one, ok bool, err error) {
 }
 
 // compareCopied compares the COPIED flags of the active entries with the refcounts, one by one, and reports
-// those that contradict them. It is asked only if some do.
+// those that contradict them. It is asked only if some do. An L2 table is looked at once, however many L1
+// entries name it, and left out if the refcount of its own cluster cannot be read.
 func (c *checker) compareCopied() error {
-	c.done, c.total = 0, int64(uint64(c.hdr.l1Size)*c.clusterSize)
-	return c.eachActive(c.foundCopied)
+	h := c.hdr
+	c.done, c.total = 0, int64(uint64(len(c.l2)+len(c.misplaced))<<c.clusterBits)
+	err := c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) error {
+		if w&offsetMask == 0 {
+			return nil
+		}
+		one, known, err := c.storedOne(w & offsetMask >> c.clusterBits)
+		if known {
+			c.foundCopied(Finding{Part: "active L1 table", HostOff: int64(h.l1Off + 8*i), GuestOff: int64(i << (c.clusterBits + c.l2Bits)),
+				Found: w}, one)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := c.eachTable(c.l2, c.compareTable); err != nil {
+		return err
+	}
+	return c.eachTable(c.misplaced, c.compareTable)
 }
 
-// foundCopied reports an active entry w at host offset at, which maps guest, if its COPIED flag contradicts the
-// refcount of its cluster. l1 tells an L1 from an L2 entry. known is false if the refcount cannot be read.
-func (c *checker) foundCopied(w, at, guest uint64, l1 bool) (known bool, err error) {
-	one := true // of a cluster in a data file, which has no refcount
-	if l1 || !c.external {
-		one, known, err = c.storedOne(w & offsetMask >> c.clusterBits)
-		if err != nil || !known {
-			return known, err
+// compareTable is compareCopied of the L2 table r with content p. A cluster in a data file counts as one with
+// refcount one.
+func (c *checker) compareTable(r l2Ref, p []byte) error {
+	if r.active == 0 || r.off == 0 {
+		return nil
+	}
+	if _, known, err := c.storedOne(r.off >> c.clusterBits); err != nil || !known {
+		return err
+	}
+	guest := uint64(r.l1Index) << (c.clusterBits + c.l2Bits)
+	for j := range uint64(1) << c.l2Bits {
+		w := binary.BigEndian.Uint64(p[j<<c.l2EntryBits:])
+		if w&flagCompressed != 0 || w&offsetMask == 0 {
+			continue
+		}
+		one, known := true, true
+		if !c.external {
+			var err error
+			if one, known, err = c.storedOne(w & offsetMask >> c.clusterBits); err != nil {
+				return err
+			}
+		}
+		if known {
+			c.foundCopied(Finding{Part: "L2 table", HostOff: int64(r.off + j<<c.l2EntryBits), GuestOff: int64(guest + j<<c.clusterBits), Found: w,
+				Times: int64(r.active)}, one)
 		}
 	}
-	if one == (w&flagCopied != 0) {
-		return true, nil
+	return nil
+}
+
+// foundCopied reports the active entry of f if its COPIED flag contradicts the refcount of its cluster: one
+// tells whether that is one.
+func (c *checker) foundCopied(f Finding, one bool) {
+	copied := f.Found&flagCopied != 0
+	if one == copied {
+		return
 	}
-	f := Finding{Kind: FindingCopied, Part: "L2 table", HostOff: int64(at), GuestOff: int64(guest), Found: w, Expected: w ^ flagCopied}
+	f.Kind, f.Expected = FindingCopied, f.Found^flagCopied
 	if one {
 		f.Kind = FindingCopiedLost
 	}
-	if l1 {
-		f.Part = "active L1 table"
-	}
 	c.find(f)
-	return true, nil
-}
-
-// eachActive calls f with every active L1 entry that names an L2 table, and every active L2 entry that holds a
-// cluster at an offset that is not 0, in the order of the disk. Where f does not know about an L1 entry, the L2 table
-// is left out.
-func (c *checker) eachActive(f func(w, at, guest uint64, l1 bool) (known bool, err error)) error {
-	h := c.hdr
-	table := make([]byte, c.clusterSize)
-	return c.words(h.l1Off, uint64(h.l1Size), func(i, w uint64) error {
-		off := w & offsetMask
-		if off == 0 {
-			return nil
-		}
-		guest := i << (c.clusterBits + c.l2Bits)
-		if known, err := f(w, h.l1Off+8*i, guest, true); err != nil || !known {
-			return err
-		}
-		if err := c.h.readFull(table, off); err != nil {
-			return err
-		}
-		for j := uint64(0); j < 1<<c.l2Bits; j++ {
-			w := binary.BigEndian.Uint64(table[j<<c.l2EntryBits:])
-			if w&flagCompressed == 0 && w&offsetMask != 0 {
-				if _, err := f(w, off+j<<c.l2EntryBits, guest+j<<c.clusterBits, false); err != nil {
-					return err
-				}
-			}
-		}
-		return c.step(c.clusterSize)
-	})
 }

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"maps"
@@ -127,21 +128,6 @@ func (f *pagedFile) save(path string) error {
 		}
 	}
 	return out.Close()
-}
-
-// storage returns a new storage of the content.
-func (f *pagedFile) storage() (*MemoryStorage, error) {
-	s := NewMemoryStorage()
-	if err := s.Truncate(f.size); err != nil {
-		return nil, err
-	}
-	for i, page := range f.pages {
-		n := min(filePage, f.size-i*filePage)
-		if _, err := s.WriteAt(page[:n], i*filePage); err != nil {
-			return nil, err
-		}
-	}
-	return s, nil
 }
 
 // poolSpec describes a sound image of the pool.
@@ -388,10 +374,11 @@ func (img *poolImage) place(t testing.TB, dir poolDir, f *pagedFile) string {
 	return path
 }
 
-// qemuTarget returns the arguments by which qemu-img opens the image at path. With a data file they place it,
-// since QEMU takes a relative name from its working directory.
-func (s poolSpec) qemuTarget(path string) []string {
-	if s.external {
+// qemuTarget returns the arguments by which qemu-img opens the image f, which is at path. If it has a data file
+// they place that, since QEMU takes a relative name from its working directory.
+func (s poolSpec) qemuTarget(path string, f *pagedFile) []string {
+	be := binary.BigEndian
+	if s.external && be.Uint32(f.bytes(fieldVersion, 4)) > 2 && be.Uint64(f.bytes(fieldIncompatible, 8))&incompatDataFile != 0 {
 		return []string{"--image-opts", s.qemuOptions(path)}
 	}
 	return []string{"-f", "qcow2", path}

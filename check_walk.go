@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"runtime"
 	"slices"
 )
@@ -45,7 +46,7 @@ type checker struct {
 	snapBytes uint64     // bytes of the snapshot table
 	l2        []l2Ref    // the L2 tables, by host offset
 	pending   []l2Ref    // not yet merged into l2
-	misplaced []l2Ref    // what L1 entries name that no L2 table can be: not aligned, or the header
+	misplaced []l2Ref    // what L1 entries name that no L2 table can be: not aligned, or the header; see misplacedBytes
 
 	unusable    bool // a refcount block, or the table, cannot be used: to be repaired, it must be replaced
 	badBitmaps  bool // the bitmap directory or a bitmap's table is not in the file
@@ -154,6 +155,8 @@ func (c *checker) readTables() error {
 			c.find(part(FindingRefcountTable, "refcount table", c.hdr.refTableOff))
 			return nil
 		}
+		c.refTable = newTable(0)
+		return nil
 	}
 	t, err := readTable(c.h, c.hdr.refTableOff, c.hdr.refTableBytes()/8, c.size)
 	if err != nil {
@@ -175,7 +178,11 @@ func (c *checker) readSnapshots() error {
 	if many {
 		bad() // a repair keeps those that are there
 	} else if err := h.checkSnapshotTable(Limits{Snapshots: maxSnapshots}); err != nil {
-		bad()
+		// Without snapshots a place beyond every file is nothing to QEMU. Other places are, to us all.
+		c.structural = true
+		if h.nbSnapshots > 0 || c.offsetInCluster(h.snapshotsOff) != 0 || h.snapshotsOff > math.MaxInt64 {
+			bad()
+		}
 		return nil
 	}
 	if h.nbSnapshots == 0 || h.checkTableOffset("", h.snapshotsOff, minSnapshotEntry) != nil {
@@ -191,7 +198,7 @@ func (c *checker) readSnapshots() error {
 		s, err := readSnapshotEntry(t, h)
 		var corrupt *CorruptError
 		switch {
-		case many && (err != nil || s.id == ""):
+		case many && (errors.As(err, &corrupt) || err == nil && s.id == ""):
 			return nil
 		case errors.As(err, &corrupt):
 			bad()
@@ -344,11 +351,18 @@ func (c *checker) l1Entry(w, at, i, active, inactive uint64) {
 	switch {
 	case !inside: // an L2 table past the end of the file is all zeros
 	case !aligned || off == 0:
-		c.misplaced = append(c.misplaced, table)
+		if uint64(len(c.misplaced)+1)<<c.clusterBits <= misplacedBytes {
+			c.misplaced = append(c.misplaced, table)
+		}
 	default:
 		c.addTable(table)
 	}
 }
+
+// misplacedBytes bounds the misplaced L2 tables that are looked at, in bytes. No reader takes what they hold, so
+// that it matters only for totals like those of qemu-img check; but while there can be no more aligned tables
+// than fit into the file, an L1 table of 32 MiB can name four million that are not.
+const misplacedBytes = 64 << 20
 
 // mendL1 returns what a repair makes of an L1 entry: one without reserved bits, or none where there is no
 // L2 table at its offset.
@@ -887,24 +901,33 @@ func (c *checker) walkBlocks() error {
 		return nil
 	}
 	end := max(c.clusters(c.size), c.refs.end())
-	for i := range c.refTable.n {
-		w := c.refTable.load(i)
-		if w == 0 {
-			continue
-		}
-		f := Finding{Kind: FindingRefcountBlock, Part: "refcount table", HostOff: int64(c.hdr.refTableOff + 8*i), GuestOff: noOffset, Found: w}
-		off := w &^ refTableReserved
-		if w&refTableReserved != 0 || c.offsetInCluster(off) != 0 || off>>c.clusterBits >= end {
-			c.unusable = true
-			c.find(f)
-			continue
-		}
-		c.refer(off, c.clusterSize, 1, 0, f)
-		if n := c.refs.count(off >> c.clusterBits); n != 1 && !c.endOnly {
-			f.Found, f.Expected = n, 1
-			c.unusable = true
-			c.find(f)
+	for k, chunk := range c.refTable.all() {
+		for j, w := range chunk {
+			if w != 0 {
+				c.walkBlock(k<<tableChunkBits+uint64(j), w, end)
+			}
 		}
 	}
 	return nil
+}
+
+// walkBlock counts the refcount block of refcount table entry i, which is w. The clusters of the file are those
+// before end.
+func (c *checker) walkBlock(i, w, end uint64) {
+	f := Finding{Kind: FindingRefcountBlock, Part: "refcount table", HostOff: int64(c.hdr.refTableOff + 8*i), GuestOff: noOffset, Found: w}
+	off := w &^ refTableReserved
+	if w&refTableReserved != 0 || c.offsetInCluster(off) != 0 || off>>c.clusterBits >= end {
+		c.unusable = true
+		c.find(f)
+		return
+	}
+	if c.refs.count(off>>c.clusterBits) != 0 {
+		c.unusable = true // the count itself may be at its most already
+	}
+	c.refer(off, c.clusterSize, 1, 0, f)
+	if n := c.refs.count(off >> c.clusterBits); n != 1 && !c.endOnly {
+		f.Found, f.Expected = n, 1
+		c.unusable = true
+		c.find(f)
+	}
 }

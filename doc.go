@@ -32,7 +32,9 @@
 //	    Image.startMu       the marking of bitmaps before the first write
 //	    tableCache.mu       which slices are cached, dirty or part of a cut (cache.go)
 //	      decodeCache.mu      the last unpacked clusters (compress.go)
-//	hostFile.failMu     the first failed sync; requests.mu, who waits for whom: nothing is locked inside
+//	    Image.featureMu     the dirty and the corrupt bit of the header (guard.go)
+//	overlapList.mu      where the metadata is (overlap.go); hostFile.failMu, the first failed sync; requests.mu, who
+//	                    waits for whom: nothing is locked inside
 //
 // Each field says beside it which of them guards it.
 //
@@ -47,7 +49,13 @@
 // survives, in 512-byte sectors.
 //
 // With lazy refcounts, the header's dirty bit is set while refcounts on disk may be stale; an image that was
-// not closed then needs a repair before it is written again (ErrDirty).
+// not closed then is repaired by the next open for writing, or refused with ErrDirty (OpenOptions.Repair).
+//
+// # Checking
+//
+// Image.Check finds what is wrong with the metadata of an image, and repairs it. A host write that would hit
+// metadata, because an image is damaged or was made to lead it there, is refused, and marks the image as corrupt
+// (OpenOptions.OverlapCheck).
 //
 // # Errors
 //

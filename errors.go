@@ -22,8 +22,8 @@ var (
 	ErrReadOnly = errors.New("image is read-only")
 	// ErrCheckOnly refuses to use an image that was opened with OpenOptions.CheckOnly.
 	ErrCheckOnly = errors.New("image is open for checking alone")
-	// ErrDirty refuses a writable open of an image whose dirty bit is set: its refcounts may be stale
-	// until they are rebuilt.
+	// ErrDirty refuses a writable open of an image whose dirty bit is set, or whose header has no refcount: its
+	// refcounts are stale, and the options forbid to repair them, or that failed.
 	ErrDirty = errors.New("image is dirty")
 	// ErrLocked says that somebody else holds the image in a way that excludes this open.
 	ErrLocked = errors.New("image is locked")

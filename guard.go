@@ -39,14 +39,14 @@ func (o *OverlapCheck) validate() error {
 }
 
 // watchMetadata makes the list of all metadata clusters of the image, which every later write to its file is
-// checked against. Precondition: nobody uses the image yet, and its tables are loaded.
-func (img *Image) watchMetadata(o *OpenOptions) error {
-	kinds := o.OverlapCheck.kinds()
+// checked against. Preconditions: nobody writes to the image, and its tables are loaded.
+func (img *Image) watchMetadata() error {
+	kinds := img.overlap.kinds()
 	if kinds == 0 {
 		return nil
 	}
 	h := img.host
-	h.metadata = newOverlapList(img.m.clusterBits, overlapLimits{cacheBytes: o.OverlapCheck.CacheBytes, listBytes: o.Limits.MetadataBytes})
+	h.metadata = newOverlapList(img.m.clusterBits, overlapLimits{cacheBytes: img.overlap.CacheBytes, listBytes: img.limits.MetadataBytes})
 	h.metadata.scan = img.scanMetadata
 	h.watched = kinds
 	h.onHit = img.refuseOverlap
@@ -153,9 +153,6 @@ func (img *Image) snapshotTableBytes() uint64 {
 	s := &img.snapshots[len(img.snapshots)-1]
 	return s.entryOff + minSnapshotEntry + uint64(len(s.extra)+len(s.id)+len(s.name)) - img.hdr.snapshotsOff
 }
-
-// errScanned ends a scan.
-var errScanned = errors.New("scanned")
 
 // scanMetadata looks for metadata of the kinds that are watched in the n host clusters from first on, in the
 // tables themselves: for where the list has no room. See overlapList.scan.

@@ -23,8 +23,10 @@ func (h *header) validateForCheck(limits Limits) error {
 		h.checkCompression,
 		h.checkSubclusters,
 		h.checkRefcountOrder,
+		h.checkCryptMethod,
 		h.checkL1Table,
 		h.checkSize,
+		h.checkCrypto,
 	}
 	limits = limits.withDefaults()
 	for _, rule := range rules {

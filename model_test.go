@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -521,6 +522,36 @@ func (r *modelRun) walk(closed bool) error {
 	if closed && !rep.Clean() || rep.Corruptions() > 0 {
 		return fmt.Errorf("walk (closed %v): %d corruptions, %d leaks, %d lost COPIED, %d past the end, dirty %v:\n\t%s",
 			closed, rep.Corruptions(), rep.Leaks, rep.CopiedMissing, rep.PastEnd, rep.Dirty(), strings.Join(rep.Findings, "\n\t"))
+	}
+	if !closed {
+		if err := checkList(r.img); err != nil {
+			return err
+		}
+	}
+	return agreesWithWalk(r.f.image, rep)
+}
+
+// agreesWithWalk checks an image file with the library, and compares what it finds with the walk. Of a dirty image
+// neither knows the counts.
+func agreesWithWalk(s Storage, rep *refwalk.Report) error {
+	img, err := OpenStorage(s, &OpenOptions{CheckOnly: true, Lock: LockOff})
+	if err != nil {
+		return err
+	}
+	var found []string
+	res, err := img.Check(context.Background(), &CheckOptions{Found: func(f Finding) {
+		if len(found) < 10 {
+			found = append(found, f.String())
+		}
+	}})
+	if err = errors.Join(err, img.Close()); err != nil || rep.Dirty() {
+		return err
+	}
+	got := [...]int64{res.Corruptions + res.Unreadable - res.LostCopied, res.LostCopied, res.Leaks, res.CheckErrors}
+	want := [...]int64{int64(rep.Corruptions()), int64(rep.CopiedMissing), int64(rep.Leaks), 0}
+	if got != want {
+		return fmt.Errorf("check: corruptions, lost COPIED, leaks and errors are %d, the walk has %d:\n\t%s\n\t%s", got, want,
+			strings.Join(found, "\n\t"), strings.Join(rep.Findings, "\n\t"))
 	}
 	return nil
 }

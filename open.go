@@ -34,10 +34,11 @@ func Open(name string, opts *OpenOptions) (*Image, error) {
 // so it serves one open at a time.
 //
 // Errors: ErrNotQcow2, ErrCorrupt and ErrUnsupported (*HeaderError for a field of the header), ErrEncrypted,
-// ErrLimit, ErrDirty for a writable open of a dirty image, ErrLocked, *FileRequiredError where the image
-// names a file that the options give no way to reach, *ResolveError where the resolver refuses it,
-// ErrBackingFormatUnknown, ErrChain, and those of the storage. After an error nothing is held, and nothing
-// was written, but for unknown autoclear features, which a writable open clears.
+// ErrLimit, ErrDirty for a writable open of a dirty image that may or can not be repaired, ErrLocked,
+// *FileRequiredError where the image names a file that the options give no way to reach, *ResolveError where the
+// resolver refuses it, ErrBackingFormatUnknown, ErrChain, and those of the storage. After an error nothing is held,
+// and nothing was written, but for unknown autoclear features, which a writable open clears, and the part of a
+// repair that was done.
 func OpenStorage(s Storage, opts *OpenOptions) (*Image, error) {
 	return open(s, optionsOf(opts), &chain{})
 }
@@ -271,9 +272,9 @@ func (img *Image) repairStale(o OpenOptions, size int64) (int64, error) {
 	if o.Repair == RepairNever {
 		return size, fmt.Errorf("%w: %s: the refcounts must be rebuilt before it is written", ErrDirty, why)
 	}
-	res, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
-	if err == nil && res.Corruptions+res.CheckErrors > 0 {
-		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
+	res, _, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
+	if err == nil && !res.sound() {
+		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions+res.Unreadable, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
 	}
 	if err == nil {
 		size, err = img.host.s.Size()
@@ -355,8 +356,8 @@ func (img *Image) openForWriting(o OpenOptions, size int64) error {
 		return err
 	}
 	img.bitmaps = bitmapMarks(entries)
-	img.onCorrupt = o.OnCorrupt
-	if err := img.watchMetadata(&o); err != nil {
+	img.overlap, img.limits, img.onCorrupt = o.OverlapCheck, *o.Limits, o.OnCorrupt
+	if err := img.watchMetadata(); err != nil {
 		return err
 	}
 	if known := h.autoclear & autoclearKnown; known != h.autoclear {

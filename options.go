@@ -13,11 +13,13 @@ const (
 	LockOff
 )
 
-// RepairMode says what a writable open does about an image whose dirty bit is set.
+// RepairMode says what a writable open does about an image whose refcounts are not to be relied on: its dirty bit
+// is set, or its header has no refcount, as in files of some old writers.
 type RepairMode int
 
 const (
-	// RepairDefault repairs a dirty image where this library can, and else returns ErrDirty.
+	// RepairDefault repairs such an image, as Check with RepairAll does; it returns ErrDirty if that fails or
+	// leaves more than leaks.
 	RepairDefault RepairMode = iota
 	// RepairNever returns ErrDirty.
 	RepairNever
@@ -28,7 +30,7 @@ const (
 type OpenOptions struct {
 	// ReadWrite opens for writing. Default: read-only.
 	ReadWrite bool
-	// Repair says what a writable open does about a dirty image.
+	// Repair says what a writable open does about an image whose refcounts are stale.
 	Repair RepairMode
 	// CheckOnly opens the image for Check and Info alone, with ReadWrite for a repair: no other file is opened,
 	// and what makes other opens fail and Check can judge is let pass: the dirty and the corrupt bit,

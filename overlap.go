@@ -115,7 +115,7 @@ const (
 // Bounds of memory, and what its pieces take, in bytes. What Go allocates is counted, not what was asked for.
 const (
 	overlapDefaultCache = 256_000  // 123 windows: 2 million clusters
-	overlapDefaultList  = 64 << 20 // 30 million tables of one cluster
+	overlapDefaultList  = 64 << 20 // some 30 million tables of one cluster
 	overlapGroupBytes   = 224      // an overlapGroup, without its words
 	overlapDenseBytes   = 768 + 48 // an overlapDense, without its words, and its place in the map
 	overlapSlotBytes    = 24       // an overlapSlot
@@ -150,7 +150,7 @@ type overlapLimits struct {
 // inside one block of 256 clusters. Nearly all metadata of an image is L2 tables and refcount blocks, one
 // cluster each with data behind it, so a fragment of one such cluster is short, 2 bytes, and any other is long,
 // 4 bytes. The fragments of a window are sorted, and those of the 32 windows of a group stand in one slice. So a
-// TiB of 64 KiB clusters takes 14 kB, and one of 512-byte clusters 95 MB, of which the groups themselves are
+// TiB of 64 KiB clusters takes 13 kB, and one of 512-byte clusters 92 MB, of which the groups themselves are
 // less than 8 bytes per window. Groups are found by a hash table, so that the size of an offset costs nothing.
 //
 // Of windows in use there is a bitmap besides, with a bit set for each cluster that is of any kind. It answers

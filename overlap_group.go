@@ -153,14 +153,12 @@ func (e *overlapEdit) flush() {
 }
 
 // changeLocked adds the kinds add to the clusters from first to last, which are of one window, and takes the kinds
-// del away. It reports false, and has changed nothing, if that needs more memory than there is. Precondition: mu.
+// del away. It reports false, and has changed nothing, if that needs more memory than there is. Preconditions: mu; if
+// kinds are taken away, the group exists.
 func (l *overlapList) changeLocked(first, last uint64, add, del OverlapKinds) bool {
 	w := first >> overlapWindowBits
 	g := l.group(w / overlapGroupWindows)
 	if g == nil {
-		if add == 0 {
-			return true
-		}
 		if g = l.newGroupLocked(w / overlapGroupWindows); g == nil {
 			return false
 		}
@@ -365,7 +363,9 @@ func (l *overlapList) resizeLocked(p *[]uint16, n int) bool {
 // makeDenseLocked gives each window of g a slice of its own. It reports false, and has changed nothing, if that
 // needs more memory than there is. Precondition: mu.
 func (l *overlapList) makeDenseLocked(g *overlapGroup) bool {
-	if !l.roomLocked(overlapDenseBytes) {
+	// Classes of sizes add up to an eighth, or 16 bytes to a small slice. This is asked first, so that a full list
+	// does not copy in vain with every change.
+	if !l.roomLocked(overlapDenseBytes + 2*int64(cap(g.words))/8 + 16*overlapGroupWindows) {
 		return false
 	}
 	d := new(overlapDense)
@@ -404,6 +404,7 @@ type overlapDirectory struct {
 	cells  []atomic.Pointer[overlapGroup] // a power of two, a quarter of them nil; written under mu
 	shift  uint                           // 64 - log2 of the cells; immutable
 	groups int                            // guarded by mu
+	wait   int                            // groups to refuse before a rebuild is tried again; guarded by mu
 }
 
 // newOverlapDirectory returns a directory of n cells, n a power of two.
@@ -449,6 +450,12 @@ func (l *overlapList) group(index uint64) *overlapGroup {
 func (l *overlapList) newGroupLocked(index uint64) *overlapGroup {
 	d := l.directory.Load()
 	if 4*(d.groups+1) > 3*len(d.cells) {
+		// A rebuild looks at every cell, so one that fails is not tried again at once.
+		if d.wait > 0 {
+			d.wait--
+			return nil
+		}
+		d.wait = len(d.cells)
 		if d = l.rebuildLocked(); d == nil {
 			return nil
 		}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"reflect"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -303,10 +304,11 @@ func TestOverlapListModel(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			scans := 0
-			for seed := range uint64(60) {
-				if t.Failed() {
-					break
-				}
+			seeds := uint64(30)
+			if testing.Short() {
+				seeds = 10
+			}
+			for seed := range seeds {
 				m := newOverlapModel(t, []uint{9, 16, 21}[seed%3], tt.limits)
 				m.log = []string{fmt.Sprintf("seed %d, %d cluster bits", seed, m.bits)}
 				m.run(rand.New(rand.NewPCG(seed, 60)), 400)
@@ -343,7 +345,7 @@ func (m *overlapModel) run(rng *rand.Rand, n int) {
 			m.verify()
 		}
 	}
-	// What is left is taken away; no group may need memory but those with a cached window.
+	// Once what is left is taken away, nothing may remain.
 	for _, r := range m.naiveRuns() {
 		m.change(false, r.kinds, r.first<<m.bits, r.n<<m.bits)
 	}
@@ -467,6 +469,10 @@ func TestOverlapListDense(t *testing.T) {
 		t.Errorf("%d dense groups, want 1", len(m.l.dense))
 	}
 	full := m.l.memory()
+	m.change(true, OverlapInactiveL1, 1<<(overlapWindowBits+9), 1<<(overlapWindowBits+9))
+	m.verify()
+	m.change(false, OverlapInactiveL1, 1<<(overlapWindowBits+9), 1<<(overlapWindowBits+9))
+	m.verify()
 	for i, c := range order {
 		m.change(false, overlapAllKinds, uint64(c)<<10, 512)
 		m.query(rng.Uint64N(3<<overlapWindowBits)<<9, 512, overlapAllKinds)
@@ -477,6 +483,18 @@ func TestOverlapListDense(t *testing.T) {
 	m.verify()
 	if got := m.l.memory(); got.list > full.list/20 {
 		t.Errorf("%+v when empty, %+v when full", got, full)
+	}
+
+	// Other windows push the group's out of the cache, and then it goes.
+	for i := range uint64(20) {
+		m.change(true, OverlapActiveL2, (1+i)<<40, 512)
+		for range 4 * overlapPromotion {
+			m.query((1+i)<<40, 512, overlapAllKinds)
+		}
+	}
+	m.verify()
+	if len(m.l.dense) != 0 {
+		t.Errorf("%d dense groups, want none", len(m.l.dense))
 	}
 }
 
@@ -507,43 +525,58 @@ func TestOverlapListBounds(t *testing.T) {
 		name    string
 		enter   func(l *overlapList)
 		suspect bool
+		limit   int64 // 0: limit
 	}{
-		{"2^31 clusters", func(l *overlapList) { l.enter(OverlapActiveL1, 1<<55, 1<<40) }, true},
+		{"2^31 clusters", func(l *overlapList) { l.enter(OverlapActiveL1, 1<<55, 1<<40) }, true, 0},
 		{"2^31 clusters, again and again", func(l *overlapList) {
 			for i := range uint64(1000) {
 				l.enter(OverlapInactiveL1, i<<44, 1<<40)
 			}
-		}, true},
+		}, true, 0},
 		{"runs as long as can be one by one", func(l *overlapList) {
 			for i := range uint64(4000) {
 				l.enter(OverlapInactiveL1, i<<44, overlapSuspectRun<<9)
 			}
-		}, true},
+		}, true, 0},
 		{"tables far apart", func(l *overlapList) {
 			for i := range uint64(100000) {
 				l.enter(OverlapActiveL2, i<<36, 512)
 			}
-		}, true},
+		}, true, 0},
 		{"tables in every second cluster", func(l *overlapList) {
 			for i := range uint64(1000000) {
 				l.enter(OverlapActiveL2, i<<10, 512)
 			}
-		}, true},
+		}, true, 0},
+		{"tables in every second cluster, too little for a dense group", func(l *overlapList) {
+			for i := range uint64(100000) {
+				l.enter(OverlapActiveL2, i<<10, 512)
+			}
+		}, true, 42 << 10},
+		{"tables in every second cluster, too little for what a dense group needs next", func(l *overlapList) {
+			for i := range uint64(100000) {
+				l.enter(OverlapActiveL2, i<<10, 512)
+			}
+		}, true, 48 << 10},
 		{"a long run taken apart", func(l *overlapList) {
 			l.enter(OverlapActiveL1, 0, 20000<<9)
 			l.enter(OverlapActiveL1, 1<<40, limit/5<<(8+9-2))
 			for i := range uint64(1 << 20) {
 				l.remove(OverlapActiveL1, 1<<40+i<<10, 512)
 			}
-		}, true},
+		}, true, 0},
 		{"one table twice", func(l *overlapList) {
 			for range 100000 {
 				l.enter(OverlapActiveL2, 1<<30, 512)
 			}
-		}, false},
+		}, false, 0},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
+			limit := int64(limit)
+			if tt.limit > 0 {
+				limit = tt.limit
+			}
 			l := newOverlapList(9, overlapLimits{listBytes: limit})
 			scans := 0
 			l.scan = func(first, n uint64) (OverlapKinds, uint64) { scans++; return OverlapCryptoHeader, first }
@@ -590,6 +623,27 @@ func TestOverlapListScan(t *testing.T) {
 	m.query(0, 1<<20<<9, OverlapRefcountBlock)
 	if m.scans == before {
 		t.Error("no scan although everything is suspect")
+	}
+}
+
+// TestOverlapListRuns stops an iteration, and changes the list inside one.
+func TestOverlapListRuns(t *testing.T) {
+	l := newOverlapList(16, overlapLimits{})
+	for i := range uint64(10) {
+		l.enter(OverlapActiveL2, i<<40, 1)
+	}
+	n := uint64(0)
+	for r := range l.runs() {
+		if want := (overlapRun{first: n << 24, n: 1, kinds: OverlapActiveL2}); r != want {
+			t.Fatalf("run %d is %+v, want %+v", n, r, want)
+		}
+		l.remove(OverlapActiveL2, n<<40, 1)
+		if n++; n == 7 {
+			break
+		}
+	}
+	if got := l.memory().runs; got != 3 {
+		t.Errorf("%d runs are left", got)
 	}
 }
 
@@ -720,14 +774,15 @@ func testOverlapConcurrency(t *testing.T, limits overlapLimits, suspect bool) {
 	const (
 		windows  = 5
 		clusters = windows << overlapWindowBits
-		steps    = 20000
+		steps    = 6000
 		bits     = 9
 	)
 	// Each 64 clusters have the same uses. Entered and removed are those with a step's number.
 	const (
-		stable  = 5 // an active L2 table all the time, and an inactive one now and then
-		never   = 6 // nothing
-		changed = 8 // and up to 31: anything
+		stable  = 5  // an active L2 table all the time, and an inactive one now and then
+		never   = 6  // nothing
+		changed = 8  // and up to 31: anything
+		table   = 33 // and up to 37: an active L1 table, but for the cluster in the middle
 		entered = 40
 		removed = 50
 	)
@@ -758,6 +813,7 @@ func testOverlapConcurrency(t *testing.T, limits overlapLimits, suspect bool) {
 	}
 	for c := uint64(0); c < clusters; c += 64 {
 		enter(OverlapActiveL2, c+stable, 1)
+		enter(OverlapActiveL1, c+table, 5)
 		enter(OverlapRefcountBlock, c+removed, 1)
 	}
 
@@ -780,6 +836,9 @@ func testOverlapConcurrency(t *testing.T, limits overlapLimits, suspect bool) {
 				}
 				if k, _ := l.query(c<<bits, 128<<bits, OverlapActiveL2|OverlapSnapshotTable); k != OverlapActiveL2 {
 					t.Errorf("clusters from %d: %v", c, k)
+				}
+				if k, _ := l.query((c+table+n%2*3)<<bits, 2<<bits, OverlapActiveL1); k != OverlapActiveL1 {
+					t.Errorf("half of the table at cluster %d: %v", c+table, k)
 				}
 				if n == 0 {
 					continue
@@ -806,7 +865,7 @@ func testOverlapConcurrency(t *testing.T, limits overlapLimits, suspect bool) {
 
 		c := rng.Uint64N(clusters/64) * 64
 		first := c + changed + rng.Uint64N(12)
-		switch rng.IntN(6) {
+		switch rng.IntN(8) {
 		case 0, 1:
 			enter(overlapSomeKinds(rng)&^OverlapSnapshotTable, first, 1+rng.Uint64N(12))
 		case 2, 3:
@@ -815,6 +874,10 @@ func testOverlapConcurrency(t *testing.T, limits overlapLimits, suspect bool) {
 			enter(OverlapInactiveL2, c+stable, 1)
 		case 5:
 			remove(OverlapInactiveL2, c+stable, 1)
+		case 6:
+			enter(OverlapActiveL1, c+table+2, 1)
+		case 7:
+			remove(OverlapActiveL1, c+table+2, 1)
 		}
 		if i%10 == 0 {
 			l.enter(OverlapInactiveL1, 1<<40+rng.Uint64N(1<<10)<<30, 512)
@@ -827,6 +890,95 @@ func testOverlapConcurrency(t *testing.T, limits overlapLimits, suspect bool) {
 	}
 	if got := l.memory(); got.suspect != suspect {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestOverlapListStaleSlot queries a window whose slot is being exchanged, or holds another window already.
+func TestOverlapListStaleSlot(t *testing.T) {
+	l := newOverlapList(9, overlapLimits{})
+	l.enter(OverlapActiveL2, 5<<9, 1)
+	l.query(5<<9, 1, overlapAllKinds)
+	s := &l.slots[0]
+	if !l.free(7, 7) {
+		t.Fatal("cluster 7 is not free")
+	}
+	s.seq.Add(1)
+	if l.free(7, 7) {
+		t.Error("cluster 7 is found free while its window goes")
+	}
+	s.seq.Add(1)
+	s.window.Store(1)
+	if l.free(7, 7) {
+		t.Error("cluster 7 is found free by another window's bits")
+	}
+}
+
+// TestOverlapListExchangeConcurrency asks for two windows that take each other's place in the cache all the time. No
+// query may take the bits of one for those of the other.
+func TestOverlapListExchangeConcurrency(t *testing.T) {
+	l := newOverlapList(9, overlapLimits{cacheBytes: 1})
+	const size = 1 << overlapWindowBits
+	l.enter(OverlapActiveL2, (size-1)<<9, 1)
+	l.enter(OverlapActiveL2, size<<9, 1)
+	l.query(0, 1, overlapAllKinds)
+	var done atomic.Bool
+	var reader sync.WaitGroup
+	reader.Add(1)
+	go func() {
+		defer reader.Done()
+		for !done.Load() && !t.Failed() {
+			if l.free(0, size-1) || l.free(size, 2*size-1) {
+				t.Error("a window with metadata is found free")
+			}
+		}
+	}()
+	g := l.group(0)
+	for i := range uint64(60000) {
+		runtime.Gosched()
+		l.mu.Lock()
+		g.setState(i%2, overlapUncached)
+		l.cacheLocked(0, g, 1-i%2)
+		l.mu.Unlock()
+	}
+	done.Store(true)
+	reader.Wait()
+	if err := verifyOverlapList(l); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestOverlapListDropConcurrency removes clusters from the middle of fragments while there is no memory for the two that
+// would be left. They become suspect, and at no time is any of them found free.
+func TestOverlapListDropConcurrency(t *testing.T) {
+	const blocks = 400
+	l := newOverlapList(9, overlapLimits{})
+	l.enter(OverlapActiveL1, 0, blocks<<(overlapBlockBits+9))
+	for w := range uint64(blocks >> (overlapWindowBits - overlapBlockBits)) {
+		l.query(w<<(overlapWindowBits+9), 1, overlapAllKinds)
+	}
+	l.limit = 0
+	var at, queries atomic.Uint64 // the block that is next, and how many times it was asked for
+	var reader sync.WaitGroup
+	reader.Add(1)
+	go func() {
+		defer reader.Done()
+		for i := at.Load(); i < blocks && !t.Failed(); i = at.Load() {
+			if c := i << overlapBlockBits; l.free(c, c) {
+				t.Errorf("cluster %d is found free", c)
+			}
+			queries.Add(1)
+		}
+	}()
+	for i := range uint64(blocks) {
+		for n := queries.Load(); queries.Load() == n && !t.Failed(); {
+			runtime.Gosched()
+		}
+		l.remove(OverlapActiveL1, i<<(overlapBlockBits+9)+128<<9, 512)
+		at.Store(i + 1)
+	}
+	reader.Wait()
+	if got := l.memory().runs; got > blocks*3/2 {
+		t.Errorf("%d fragments are left: none was dropped", got)
 	}
 }
 

@@ -24,10 +24,10 @@ type Image struct {
 	ownsHost  bool
 	ownsData  bool
 	readOnly  bool
-	checkOnly bool // only Check works; there is no mapper
-	repairs   bool // Check may repair, although nothing else may write
-	lazy      bool // refcounts may lag behind on disk, under the dirty bit
-	snapshots []snapshot
+	checkOnly bool       // only Check works; there is no mapper
+	repairs   bool       // Check may repair, although nothing else may write
+	lazy      bool       // refcounts may lag behind on disk, under the dirty bit
+	snapshots []snapshot // guarded by mu
 
 	reqs    *requests
 	mu      sync.Mutex // the metadata lock: mapper and allocator
@@ -41,6 +41,8 @@ type Image struct {
 
 	featureMu sync.Mutex          // guards hdr.incompatible, and the order in which it is written
 	onCorrupt func(*CorruptError) // OpenOptions.OnCorrupt
+	overlap   OverlapCheck        // OpenOptions.OverlapCheck
+	limits    Limits              // OpenOptions.Limits, of an image that is open for writing
 
 	closed  atomic.Bool
 	closing atomic.Bool // the last write-back
@@ -76,6 +78,8 @@ func (img *Image) Backing() Disk { return img.below.disk }
 
 // Snapshots returns the internal snapshots in the order of the snapshot table.
 func (img *Image) Snapshots() []Snapshot {
+	img.mu.Lock()
+	defer img.mu.Unlock()
 	out := make([]Snapshot, len(img.snapshots))
 	for i := range img.snapshots {
 		out[i] = img.snapshots[i].public()

@@ -203,6 +203,13 @@ func newAllocator(g geometry, h *hostFile, t *table, off, clusters uint64, cache
 	return a
 }
 
+// reload takes the refcount table t, at host offset off, in place of what it knows. Nothing is dirty.
+func (a *allocator) reload(t *table, off, clusters uint64) {
+	a.table, a.tableOff, a.tableClusters = t, off, clusters
+	clear(a.slices)
+	a.one, a.many, a.packOff = 0, 0, 0
+}
+
 // slice returns the slice that holds the refcount of host cluster ci, and the refcount's index in it.
 // The refcount block must exist.
 func (a *allocator) slice(ci uint64) (*refcountSlice, uint64, error) {

@@ -3,7 +3,9 @@ package qcow2
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"math"
 	"syscall"
 )
 
@@ -11,19 +13,19 @@ import (
 // before, so that a repair that was interrupted, by a crash or an error, is simply made again:
 //
 //	1  what hides references: bitmaps and snapshots that cannot be read are dropped      header writes, sync
-//	2  COPIED off where there is not exactly one reference; refcounts raised              sync
-//	   to what the entries need now and what they will need after step 4: in place, with
-//	   new refcount blocks where some are missing (written, sync, hooked up, sync), or,
+//	2  COPIED off where there is not exactly one reference                               sync
+//	   refcounts raised to the references that the check counts: in place, with new      sync
+//	   refcount blocks where some are missing (written, sync, hooked up, sync), or,
 //	   where the table or a block cannot be used, in a new table with new blocks beside
 //	   the old ones (written, sync, one header write, sync)
-//	3  snapshot table entries                                                             sync
-//	4  table entries that the format forbids                                              sync
-//	5  refcounts lowered to the references that are left                                  sync
-//	6  COPIED on where there is exactly one reference                                     sync
-//	7  if nothing is left: the dirty bit off, sync, the corrupt bit off                   sync
+//	3  snapshot table entries                                                            sync
+//	4  table entries that the format forbids                                             sync
+//	5  refcounts lowered to the references that are left                                 sync
+//	6  COPIED on where there is exactly one reference                                    sync
+//	7  if nothing is left: the dirty bit off, sync, the corrupt bit off                  sync
 //
-// Raising counts and clearing COPIED make nothing worse in whatever part they become durable. After step 2 the
-// count of every cluster is at least the number of references to it on disk, and stays so: step 4 only
+// Clearing COPIED makes nothing worse, and raising counts neither once the flags are gone that would speak of one.
+// After step 2 the count of every cluster is at least the number of references to it on disk, and stays so: step 4 only
 // takes references away, and step 5 lowers only counts whose references are durably gone (I1, I4).
 // A new block or table is durable before anything points at it, and the header switches between tables that
 // are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
@@ -37,7 +39,68 @@ type repairer struct {
 	last  *checker // the check after it
 
 	changed bool // something was written since the last sync
+	wrote   bool // something was written at all
 	rebuilt bool
+}
+
+// errRepairOverlap refuses a write of a repair that would hit metadata of another kind: where two tables share a
+// cluster, mending one would break the other.
+var errRepairOverlap = errors.New("two tables share a cluster")
+
+// watch makes the list of the metadata that c found, against which every write of the repair is checked, as all
+// others are (I8). A hit marks nothing here: what it would have mended stays a finding. The list is as large as
+// what c keeps of the tables. The function that it returns puts back what was watched before.
+func (r *repairer) watch(c *checker) (restore func()) {
+	old, watched, onHit := r.host.metadata, r.host.watched, r.host.onHit
+	r.host.metadata = newOverlapList(c.clusterBits, overlapLimits{listBytes: math.MaxInt64})
+	r.host.watched = overlapAllKinds
+	r.host.onHit = func(e *CorruptError) error { return fmt.Errorf("%w: %w", errRepairOverlap, e) }
+	enter := func(k OverlapKinds, off, n uint64) {
+		if n > 0 && c.inside(off, n) {
+			r.host.enter(k, off, n)
+		}
+	}
+	h := r.h
+	enter(OverlapMainHeader, 0, c.clusterSize)
+	enter(OverlapActiveL1, h.l1Off, h.l1Bytes())
+	enter(OverlapSnapshotTable, h.snapshotsOff, c.snapBytes)
+	for _, s := range overlay(c.snapshotL1s()) {
+		enter(OverlapInactiveL1, s.lo, s.hi-s.lo)
+	}
+	for _, t := range c.l2 {
+		if t.active > 0 {
+			enter(OverlapActiveL2, t.off, c.clusterSize)
+		}
+		if t.inactive > 0 {
+			enter(OverlapInactiveL2, t.off, c.clusterSize)
+		}
+	}
+	if c.refTable != nil {
+		enter(OverlapRefcountTable, h.refTableOff, h.refTableBytes())
+		for _, chunk := range c.refTable.all() {
+			for _, w := range chunk {
+				if off := w &^ refTableReserved; off != 0 && c.offsetInCluster(off) == 0 {
+					enter(OverlapRefcountBlock, off, c.clusterSize)
+				}
+			}
+		}
+	}
+	if h.bitmaps != nil {
+		enter(OverlapBitmapDirectory, h.bitmaps.dirOff, h.bitmaps.dirSize)
+	}
+	if h.crypto != nil {
+		enter(OverlapCryptoHeader, h.crypto.off, h.crypto.length)
+	}
+	return func() { r.host.metadata, r.host.watched, r.host.onHit = old, watched, onHit }
+}
+
+// mended returns what became of the write of an entry that a finding speaks of: one that would break another
+// table is not made, and the finding stays.
+func mended(err error) error {
+	if errors.Is(err, errRepairOverlap) {
+		return nil
+	}
+	return err
 }
 
 // again checks the image as it now is, quietly.
@@ -51,8 +114,11 @@ func (r *repairer) again() (*checker, error) {
 }
 
 // sync makes what was written durable.
-func (r *repairer) sync() error {
-	if !r.changed {
+func (r *repairer) sync() error { return r.syncAt(repairSyncOther) }
+
+// syncAt is sync at a place that the crash tests know.
+func (r *repairer) syncAt(at repairSync) error {
+	if !r.changed || r.o.test.repairSkip == at {
 		return nil
 	}
 	r.changed = false
@@ -61,7 +127,7 @@ func (r *repairer) sync() error {
 
 // write writes p at host offset off.
 func (r *repairer) write(use clusterUse, p []byte, off uint64) error {
-	r.changed = true
+	r.changed, r.wrote = true, true
 	return r.host.write(use, p, off)
 }
 
@@ -109,6 +175,7 @@ func (r *repairer) repair() error {
 	if err != nil {
 		return err
 	}
+	defer r.watch(c)()
 	table, err := r.planSnapshotTable(c)
 	if err != nil {
 		return err
@@ -140,6 +207,7 @@ func (r *repairer) repairLeaks() error {
 	if c.uncounted || c.unusable || c.missing {
 		return fmt.Errorf("%w: the refcounts cannot be corrected without RepairAll", ErrCorrupt)
 	}
+	defer r.watch(c)()
 	return r.lower(c)
 }
 
@@ -152,7 +220,7 @@ func (r *repairer) lower(c *checker) error {
 	if err != nil {
 		return err
 	}
-	if err := r.sync(); err != nil {
+	if err := r.syncAt(repairSyncLower); err != nil {
 		return err
 	}
 	set := func(w uint64) (uint64, error) {
@@ -247,7 +315,7 @@ func (r *repairer) eachL1(c *checker, active bool, f func(w uint64) (uint64, err
 			if err != nil || now == w {
 				return err
 			}
-			return r.write(use, binary.BigEndian.AppendUint64(nil, now), s.lo+8*i)
+			return mended(r.write(use, binary.BigEndian.AppendUint64(nil, now), s.lo+8*i))
 		})
 		if err != nil {
 			return fmt.Errorf("L1 table: %w", err)
@@ -264,7 +332,7 @@ func (r *repairer) eachL2(c *checker, f func(ref l2Ref, p []byte) error) error {
 		if err := f(ref, now); err != nil {
 			return err
 		}
-		if err := r.writeChanged(useAnyL2, before, now, ref.off); err != nil {
+		if err := mended(r.writeChanged(useAnyL2, before, now, ref.off)); err != nil {
 			return fmt.Errorf("L2 table: %w", err)
 		}
 		return nil
@@ -289,7 +357,7 @@ func (r *repairer) showReferences() error {
 	if err := r.showL1(c); err != nil {
 		return err
 	}
-	if c.uncounted {
+	if c.uncounted || r.h.checkSnapshotTable(Limits{Snapshots: maxSnapshots}) != nil {
 		// Which of the tables it was is found out one after the other.
 		if err := r.dropSnapshots(c); err != nil {
 			return err
@@ -323,7 +391,7 @@ func (r *repairer) showL1(c *checker) error {
 	if err := r.host.s.Truncate(int64(end)); err != nil {
 		return fmt.Errorf("active L1 table past the end of the file: %w", err)
 	}
-	r.changed = true
+	r.changed, r.wrote = true, true
 	return r.sync()
 }
 
@@ -436,10 +504,10 @@ func (r *repairer) raise(c *checker) error {
 	if err := r.eachCopied(c, clearWrong); err != nil {
 		return err
 	}
+	if err := r.syncAt(repairSyncClear); err != nil {
+		return err
+	}
 	if c.unusable {
-		if err := r.sync(); err != nil {
-			return err
-		}
 		return r.rebuild(c)
 	}
 	blocks, err := r.missingBlocks(c)
@@ -520,6 +588,7 @@ func (r *repairer) writeBlock(c *checker, b, off uint64) error {
 			setRefcountAt(p, c.refcountOrder, i, n)
 		}
 	}
+	r.host.enter(OverlapRefcountBlock, off, c.clusterSize)
 	if err := r.write(useRefcountBlock, p, off); err != nil {
 		return fmt.Errorf("new refcount block: %w", err)
 	}
@@ -565,6 +634,7 @@ func (r *repairer) rebuild(c *checker) error {
 		t.store(b, at)
 		at, left = at+c.clusterSize, left-1
 	}
+	r.host.enter(OverlapRefcountTable, at, size.tableClusters<<c.clusterBits)
 	p := make([]byte, c.clusterSize)
 	for i := range size.tableClusters {
 		t.encode(p, i<<c.clusterBits/8)
@@ -572,16 +642,43 @@ func (r *repairer) rebuild(c *checker) error {
 			return fmt.Errorf("new refcount table: %w", err)
 		}
 	}
-	if err := r.sync(); err != nil {
+	if err := r.syncAt(repairSyncTable); err != nil {
 		return err
 	}
 	off, header := encodeRefcountTableFields(at, uint32(size.tableClusters))
 	if err := r.writeHeader(off, header); err != nil {
 		return err
 	}
+	oldOff, oldBytes := r.h.refTableOff, r.h.refTableBytes()
 	r.h.refTableOff, r.h.refTableClusters = at, uint32(size.tableClusters)
 	r.rebuilt = true
+	r.retire(c, oldOff, oldBytes)
+	r.host.enter(OverlapRefcountTable, at, size.tableClusters<<c.clusterBits)
+	for i := range t.n {
+		if off := t.load(i); off != 0 {
+			r.host.enter(OverlapRefcountBlock, off, c.clusterSize)
+		}
+	}
 	return nil
+}
+
+// retire takes the refcount table of c, which was n bytes at host offset off, and its blocks off the list of
+// metadata: another table that lies in one of their clusters has it for itself now, and is mended like others.
+func (r *repairer) retire(c *checker, off, n uint64) {
+	if c.refTable == nil {
+		return
+	}
+	leave := func(k OverlapKinds, off, n uint64) {
+		if n > 0 && c.inside(off, n) {
+			r.host.leave(k, off, n)
+		}
+	}
+	leave(OverlapRefcountTable, off, n)
+	for _, chunk := range c.refTable.all() {
+		for _, w := range chunk {
+			leave(OverlapRefcountBlock, w&^refTableReserved, c.clusterSize)
+		}
+	}
 }
 
 // mendSnapshotTable is step 3: it writes the new snapshot table, or takes impossible L1 tables out of the old
@@ -589,6 +686,7 @@ func (r *repairer) rebuild(c *checker) error {
 func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan) error {
 	if plan != nil {
 		if len(plan.data) > 0 {
+			r.host.enter(OverlapSnapshotTable, plan.off, uint64(len(plan.data)))
 			if err := r.write(useSnapshotTable, plan.data, plan.off); err != nil {
 				return fmt.Errorf("snapshot table: %w", err)
 			}
@@ -616,7 +714,7 @@ func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan) error 
 			continue
 		}
 		for _, field := range []struct{ off, n uint64 }{{snapL1Size, 4}, {snapL1Off, 8}} {
-			if err := r.write(useSnapshotTable, make([]byte, field.n), s.entryOff+field.off); err != nil {
+			if err := mended(r.write(useSnapshotTable, make([]byte, field.n), s.entryOff+field.off)); err != nil {
 				return fmt.Errorf("snapshot table: %w", err)
 			}
 			if err := r.sync(); err != nil {
@@ -656,7 +754,7 @@ func (r *repairer) mendEntries(c *checker) error {
 	if err := r.mendBitmaps(c); err != nil {
 		return err
 	}
-	return r.sync()
+	return r.syncAt(repairSyncMend)
 }
 
 // mendBitmaps takes impossible entries out of the tables of bitmaps. What such a bitmap says is not known any
@@ -719,7 +817,7 @@ func (r *repairer) clearBits() error {
 	if err := c.walk(); err != nil {
 		return err
 	}
-	if c.res.Corruptions > 0 || c.res.CheckErrors > 0 {
+	if !c.res.sound() {
 		return nil
 	}
 	for _, bit := range []uint64{incompatDirty, incompatCorrupt} {
@@ -743,7 +841,7 @@ func (r *repairer) result() (*CheckResult, error) {
 		}
 	}
 	res := *r.last.res
-	res.CorruptionsFixed = max(r.first.res.Corruptions-res.Corruptions, 0)
+	res.CorruptionsFixed = max(r.first.res.Corruptions+r.first.res.Unreadable-res.Corruptions-res.Unreadable, 0)
 	res.LeaksFixed = max(r.first.res.Leaks-res.Leaks, 0)
 	res.Rebuilt = r.rebuilt
 	return &res, nil

@@ -1,5 +1,12 @@
-// Command qcow2 creates, describes, converts and maps disk images, with the options and exit codes of
-// qemu-img: 0 if it did what was asked, else 1.
+// Command qcow2 creates, describes, checks, repairs, converts and maps disk images, with the options and exit
+// codes of qemu-img: 0 if it did what was asked, else 1. Its commands are
+//
+//	create   a new image
+//	info     what an image is
+//	check    whether an image is consistent, and its repair; exit codes besides: 2 if it is corrupt, 3 if
+//	         space is lost and nothing else, 63 if the format has nothing to check
+//	convert  a disk into another format
+//	map      where the content of a disk lies
 //
 // Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
 // found in this way without its backing and data files. -f or --trust opens them.
@@ -26,24 +33,48 @@ func main() {
 	os.Exit(code)
 }
 
+// exitError ends the program with an exit code of its own; every other error ends it with 1.
+type exitError struct {
+	code int
+	err  error // nil if the command has told everything
+}
+
+// Error says why, or with which code.
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit code %d", e.code)
+	}
+	return e.err.Error()
+}
+
+// Unwrap returns the reason.
+func (e *exitError) Unwrap() error { return e.err }
+
 // run executes a command line without the program's name, and returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root := &cobra.Command{
 		Use:           "qcow2",
-		Short:         "Create, describe, convert and map disk images",
+		Short:         "Create, describe, check, convert and map disk images",
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), convertCommand(), mapCommand())
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(stderr, "qcow2:", err)
-		return 1
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
 	}
-	return 0
+	var exit *exitError
+	if !errors.As(err, &exit) {
+		exit = &exitError{code: 1, err: err}
+	}
+	if exit.err != nil {
+		fmt.Fprintln(stderr, "qcow2:", err)
+	}
+	return exit.code
 }
 
 // sourceFlags are the flags of a command that reads a disk.

@@ -226,6 +226,9 @@ func Verdict(t testing.TB, timeout time.Duration, args ...string) (c CheckResult
 		ok = true
 	}
 	c.Exit, c.Output = cmd.ProcessState.ExitCode(), stdout.String()+stderr.String()
+	if ctx.Err() != nil {
+		c.Output += fmt.Sprintf("\n%v after %v", ctx.Err(), timeout)
+	}
 	return c, ok
 }
 

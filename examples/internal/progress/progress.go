@@ -2,18 +2,22 @@
 package progress
 
 import (
+	"errors"
 	"io"
 	"sync"
 
 	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/cwriter"
 	"github.com/vbauerster/mpb/v8/decor"
 )
 
 // Bar is the bar of one long operation.
 type Bar struct {
-	pool *mpb.Progress
-	bar  *mpb.Bar
-	mu   sync.Mutex // orders the two steps of an Update
+	w     io.Writer
+	drawn bool // w is a terminal
+	pool  *mpb.Progress
+	bar   *mpb.Bar
+	mu    sync.Mutex // orders the two steps of an Update
 }
 
 // Start draws a bar with the given name on w, which is a terminal or stays empty until the end.
@@ -26,7 +30,18 @@ func Start(w io.Writer, name string) *Bar {
 		mpb.AppendDecorators(
 			decor.Percentage(decor.WCSyncSpace),
 			decor.AverageSpeed(decor.SizeB1024(0), " % .0f")))
-	return &Bar{pool: pool, bar: bar}
+	return &Bar{w: w, drawn: cwriter.New(w).IsTerminal(), pool: pool, bar: bar}
+}
+
+// Write writes whole lines above the bar. Where no bar is drawn, and once it is done, they go straight to its
+// writer.
+func (b *Bar) Write(p []byte) (int, error) {
+	if b.drawn {
+		if n, err := b.pool.Write(p); !errors.Is(err, mpb.ErrDone) {
+			return n, err
+		}
+	}
+	return b.w.Write(p)
 }
 
 // Update moves the bar to done of total bytes. It is the callback of the library's long operations,

@@ -1,0 +1,556 @@
+package qcow2
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/go-qcow2/qcow2/internal/crashtest"
+	"github.com/go-qcow2/qcow2/internal/refwalk"
+)
+
+// repairStatesEnv asks for the long run of TestRepairCrash, by the number of crash states in all:
+//
+//	QCOW2_REPAIR_STATES=20000 go test -run TestRepairCrash -timeout 60m -v .
+const repairStatesEnv = "QCOW2_REPAIR_STATES"
+
+// repairBase is a sound image that is damaged and repaired.
+type repairBase struct {
+	name   string
+	create CreateOptions
+	packed bool // with compressed clusters
+	change func(t testing.TB, b []byte) []byte
+}
+
+// repairBases have every structure that a repair changes.
+var repairBases = []repairBase{
+	{name: "plain", create: CreateOptions{ClusterSize: 512}, packed: true},
+	{name: "version 2", create: CreateOptions{ClusterSize: 1024, Version: 2}, packed: true},
+	{name: "one bit", create: CreateOptions{ClusterSize: 512, RefcountBits: 1}},
+	{name: "snapshot", create: CreateOptions{ClusterSize: 512, RefcountBits: 64}, packed: true, change: addTestSnapshot},
+	{name: "bitmap", create: CreateOptions{ClusterSize: 4096, RefcountBits: 4}, packed: true, change: addTestBitmap},
+	{name: "extended", create: CreateOptions{ClusterSize: 16 << 10, ExtendedL2: true, RefcountBits: 8}, packed: true},
+	{name: "lazy", create: CreateOptions{ClusterSize: 512, LazyRefcounts: true}},
+}
+
+// build returns the bytes of the image.
+func (rb *repairBase) build(t testing.TB) *hostileImage {
+	t.Helper()
+	sc := faultScenario{size: 128 << 10, create: rb.create, change: rb.change}
+	sc.prepare = []faultStep{{'w', 0, 20_000}, {'w', 60_000, 9_000}, {'w', 100_000, 300}}
+	if rb.packed {
+		sc.prepare = append(sc.prepare, faultStep{'c', 1, 2})
+	}
+	disks, _ := sc.build(t)
+	im := &hostileImage{b: disks["image"].Bytes()}
+	var err error
+	if im.h, err = readHeader(bytes.NewReader(im.b), int64(len(im.b))); err != nil {
+		t.Fatal(err)
+	}
+	im.g = im.h.geometry()
+	return im
+}
+
+// repairDamage is a way to damage an image. It reports false if the image has not got what it would damage.
+type repairDamage struct {
+	name string
+	do   func(im *hostileImage, rng *rand.Rand) bool
+}
+
+// entry returns where a random active L2 entry is that satisfies ok, or 0.
+func (im *hostileImage) entry(rng *rand.Rand, ok func(e uint64) bool) uint64 {
+	var found []uint64
+	for i := range uint64(im.h.l1Size) {
+		l2 := im.u64(im.l1(i)) & offsetMask
+		if l2 == 0 || l2 >= uint64(len(im.b)) {
+			continue
+		}
+		for j := range uint64(1) << im.g.l2Bits {
+			if at := l2 + j<<im.g.l2EntryBits; ok(im.u64(at)) {
+				found = append(found, at)
+			}
+		}
+	}
+	if len(found) == 0 {
+		return 0
+	}
+	return found[rng.IntN(len(found))]
+}
+
+// plainEntry reports whether e holds a plain cluster.
+func plainEntry(e uint64) bool { return e&flagCompressed == 0 && e&offsetMask != 0 }
+
+// sharedCluster is the name of the damage after which the walker still finds a cluster of two owners.
+const sharedCluster = "cluster of two"
+
+// repairDamages are the kinds of damage. None of them makes guest data of a table, so that what a repair changes is
+// never what the guest sees.
+var repairDamages = []repairDamage{
+	{"refcount table zeroed", func(im *hostileImage, rng *rand.Rand) bool {
+		clear(im.b[im.h.refTableOff:][:im.h.refTableBytes()])
+		return true
+	}},
+	{"refcount table nowhere", func(im *hostileImage, rng *rand.Rand) bool {
+		im.put(fieldRefTableOff, 8, 1<<40+uint64(rng.IntN(2))*512)
+		return true
+	}},
+	{"refcount table of no clusters", func(im *hostileImage, rng *rand.Rand) bool {
+		im.put(fieldRefTableClusters, 4, 0)
+		return true
+	}},
+	{"refcount block misaligned", func(im *hostileImage, rng *rand.Rand) bool {
+		at := im.refTable(0)
+		im.put(at, 8, im.u64(at)|1<<rng.IntN(9))
+		return true
+	}},
+	{"refcount block missing", func(im *hostileImage, rng *rand.Rand) bool {
+		im.put(im.refTable(uint64(rng.IntN(2))), 8, 0)
+		return true
+	}},
+	{"refcount block shared", func(im *hostileImage, rng *rand.Rand) bool {
+		im.put(im.refTable(1), 8, im.u64(im.refTable(0)))
+		return true
+	}},
+	{"refcounts", func(im *hostileImage, rng *rand.Rand) bool {
+		for range 1 + rng.IntN(6) {
+			off := uint64(rng.IntN(len(im.b))) &^ (im.g.clusterSize - 1)
+			if im.u64(im.refTable(off>>im.g.clusterBits>>im.g.refBlockBits)) != 0 {
+				im.setRefcount(off, rng.Uint64()&maxRefcount(im.g.refcountOrder)&0xff)
+			}
+		}
+		return true
+	}},
+	{"COPIED", func(im *hostileImage, rng *rand.Rand) bool {
+		for range 4 {
+			if at := im.entry(rng, plainEntry); at != 0 {
+				im.put(at, 8, im.u64(at)^flagCopied)
+			}
+		}
+		at := im.l1(uint64(rng.IntN(int(im.h.l1Size))))
+		if im.u64(at) != 0 {
+			im.put(at, 8, im.u64(at)^flagCopied)
+		}
+		return true
+	}},
+	// What two guest clusters share stays shared, with a refcount of two: the next write to either parts them. A
+	// refcount of one bit cannot count so far.
+	{sharedCluster, func(im *hostileImage, rng *rand.Rand) bool {
+		if im.g.refcountOrder == 0 {
+			return false
+		}
+		a, b := im.entry(rng, plainEntry), im.entry(rng, plainEntry)
+		im.put(a, 8, im.u64(b))
+		return a != b
+	}},
+	{"entry reserved", func(im *hostileImage, rng *rand.Rand) bool {
+		at := im.entry(rng, plainEntry)
+		im.put(at, 8, im.u64(at)|1<<(56+rng.IntN(6)))
+		at = im.l1(0)
+		im.put(at, 8, im.u64(at)|1<<rng.IntN(9))
+		return true
+	}},
+	{"entry misaligned", func(im *hostileImage, rng *rand.Rand) bool {
+		if im.g.clusterSize == 512 {
+			return false // every offset that an entry can hold is that of a cluster
+		}
+		at := im.entry(rng, plainEntry)
+		im.put(at, 8, im.u64(at)|im.g.clusterSize/2)
+		return true
+	}},
+	{"entry past the end", func(im *hostileImage, rng *rand.Rand) bool {
+		at := im.entry(rng, plainEntry)
+		im.put(at, 8, 1<<40|flagCopied)
+		return true
+	}},
+	{"L1 entry past the end", func(im *hostileImage, rng *rand.Rand) bool {
+		im.put(im.l1(uint64(rng.IntN(int(im.h.l1Size)))), 8, 1<<40|flagCopied)
+		return true
+	}},
+	{"compressed COPIED", func(im *hostileImage, rng *rand.Rand) bool {
+		at := im.entry(rng, func(e uint64) bool { return e&flagCompressed != 0 })
+		if at != 0 {
+			im.put(at, 8, im.u64(at)|flagCopied)
+		}
+		return at != 0
+	}},
+	{"compressed with subclusters", func(im *hostileImage, rng *rand.Rand) bool {
+		at := im.entry(rng, func(e uint64) bool { return e&flagCompressed != 0 })
+		if at == 0 || !im.g.extendedL2 {
+			return false
+		}
+		im.put(at+8, 8, 1)
+		return true
+	}},
+	{"leak without COPIED", func(im *hostileImage, rng *rand.Rand) bool {
+		at := im.entry(rng, func(e uint64) bool { return plainEntry(e) && e&flagCopied != 0 && e&offsetMask < uint64(len(im.b)) })
+		if at == 0 || im.g.refcountOrder == 0 {
+			return false
+		}
+		im.setRefcount(im.u64(at)&offsetMask, 2)
+		im.put(at, 8, im.u64(at)&^flagCopied)
+		return true
+	}},
+	{"subclusters", func(im *hostileImage, rng *rand.Rand) bool {
+		if im.g.extendedL2 {
+			at := im.entry(rng, plainEntry)
+			im.put(at+8, 8, im.u64(at+8)|1<<(32+rng.IntN(32)))
+		}
+		return im.g.extendedL2
+	}},
+	{"snapshot incomplete", func(im *hostileImage, rng *rand.Rand) bool {
+		if im.h.nbSnapshots > 0 {
+			im.put(im.h.snapshotsOff+snapExtraSize, 4, uint64(rng.IntN(2))*8)
+		}
+		return im.h.nbSnapshots > 0
+	}},
+	{"snapshots beyond the table", func(im *hostileImage, rng *rand.Rand) bool {
+		im.put(fieldNbSnapshots, 4, uint64(1+rng.IntN(2)*70_000))
+		if im.h.nbSnapshots == 0 {
+			im.put(fieldSnapshotsOff, 8, uint64(len(im.b))&^(im.g.clusterSize-1))
+		}
+		return true
+	}},
+	{"snapshot L1 table", func(im *hostileImage, rng *rand.Rand) bool {
+		if im.h.nbSnapshots > 0 {
+			im.put(im.h.snapshotsOff+snapL1Off, 8, im.u64(im.h.snapshotsOff+snapL1Off)|8)
+		}
+		return im.h.nbSnapshots > 0
+	}},
+	{"bitmap directory", func(im *hostileImage, rng *rand.Rand) bool {
+		if im.h.bitmaps != nil {
+			im.put(im.h.bitmaps.dirOff+bitmapGranularity, 1, 77)
+		}
+		return im.h.bitmaps != nil
+	}},
+	{"bitmap table", func(im *hostileImage, rng *rand.Rand) bool {
+		if im.h.bitmaps != nil {
+			im.put(im.u64(im.h.bitmaps.dirOff+bitmapTableOff), 8, 1<<40+8)
+		}
+		return im.h.bitmaps != nil
+	}},
+}
+
+// readClusters returns what the guest of the image in s reads, by cluster; an image that does not open holds
+// nothing that is read.
+func readClusters(s Storage, clusterSize int64) map[int64][]byte {
+	img, err := OpenStorage(s, &OpenOptions{NoBacking: true})
+	if err != nil {
+		return nil
+	}
+	defer img.Close()
+	content := make(map[int64][]byte)
+	for off := int64(0); off < img.Size(); off += clusterSize {
+		p := make([]byte, min(clusterSize, img.Size()-off))
+		if _, err := img.ReadAt(p, off); err == nil || err == io.EOF {
+			content[off] = p
+		}
+	}
+	return content
+}
+
+// lostContent returns what of before is not in now; "" if it is all there.
+func lostContent(before, now map[int64][]byte) string {
+	for off, p := range before {
+		if q, ok := now[off]; !ok || !bytes.Equal(p, q) {
+			return fmt.Sprintf("the cluster of guest %#x could be read before, and reads other content now (readable %v)", off, ok)
+		}
+	}
+	return ""
+}
+
+// repairStorage repairs the image in s.
+func repairStorage(s Storage, scope RepairScope) (*CheckResult, error) {
+	img, err := OpenStorage(s, &OpenOptions{ReadWrite: true, CheckOnly: true})
+	if err != nil {
+		return nil, err
+	}
+	res, err := img.Check(context.Background(), &CheckOptions{Repair: scope})
+	return res, errors.Join(err, img.Close())
+}
+
+// checkRepaired checks that an image which was repaired is without a flaw, and holds what could be read before.
+func checkRepaired(d *crashtest.Disk, res *CheckResult, err error, before map[int64][]byte, clusterSize int64) error {
+	if err != nil || !res.Clean() {
+		return fmt.Errorf("repair: %+v, %w", res, err)
+	}
+	size, err := d.Size()
+	if err != nil {
+		return err
+	}
+	rep, err := refwalk.Walk(d, size)
+	if err != nil {
+		return err
+	}
+	if rep.Overlaps = 0; !rep.Clean() { // see sharedCluster
+		return fmt.Errorf("after the repair: dirty %v, corrupt %v: %s", rep.Dirty(), rep.Header.Corrupt(), strings.Join(rep.Findings, "; "))
+	}
+	if lost := lostContent(before, readClusters(crashStorage{d}, clusterSize)); lost != "" {
+		return errors.New(lost)
+	}
+	return nil
+}
+
+// smallDamages are the names of those that leave all others possible.
+var smallDamages = []string{"refcounts", "COPIED", "entry reserved", "entry past the end"}
+
+// damagedImages calls f with every base damaged in every way, by the seed, half of them in a small way besides.
+func damagedImages(t *testing.T, seed uint64, f func(t *testing.T, name string, im *hostileImage, rng *rand.Rand)) {
+	for i := range repairBases {
+		rb := &repairBases[i]
+		t.Run(rb.name, func(t *testing.T) {
+			t.Parallel()
+			sound := rb.build(t)
+			for _, d := range repairDamages {
+				rng := rand.New(rand.NewPCG(seed, uint64(i)))
+				im := &hostileImage{b: bytes.Clone(sound.b), h: sound.h, g: sound.g}
+				for _, small := range repairDamages {
+					if small.name != d.name && slices.Contains(smallDamages, small.name) && rng.IntN(8) == 0 {
+						small.do(im, rng)
+					}
+				}
+				if !d.do(im, rng) {
+					continue
+				}
+				// Half of the images were marked, as a writer that met the damage would have.
+				marked := im.h.version >= 3 && rng.IntN(2) == 0
+				if marked {
+					im.b[fieldIncompatible+7] |= incompatCorrupt
+				}
+				f(t, fmt.Sprintf("%s/%s seed %d", rb.name, d.name, seed), im, rng)
+			}
+		})
+	}
+}
+
+// TestRepair damages images, repairs them, and finds nothing afterwards, in the image or to repair.
+func TestRepair(t *testing.T) {
+	seeds := uint64(8)
+	if testing.Short() {
+		seeds = 2
+	}
+	for seed := range seeds {
+		damagedImages(t, seed, func(t *testing.T, name string, im *hostileImage, rng *rand.Rand) {
+			cluster := int64(im.g.clusterSize)
+			d := crashtest.NewDisk(im.b)
+			before := readClusters(crashStorage{d}, cluster)
+			res, err := repairStorage(crashStorage{d}, RepairAll)
+			if err := checkRepaired(d, res, err, before, cluster); err != nil {
+				t.Errorf("%s: %v", name, err)
+				return
+			}
+			once := d.Bytes()
+			res, err = repairStorage(crashStorage{d}, RepairAll)
+			if err != nil || !res.Clean() || res.CorruptionsFixed+res.LeaksFixed != 0 || !bytes.Equal(once, d.Bytes()) {
+				t.Errorf("%s: a second repair: %+v, %v, changed bytes: %v", name, res, err, !bytes.Equal(once, d.Bytes()))
+			}
+		})
+	}
+}
+
+// TestRepairCrash interrupts repairs at every host operation: each state that a crash may leave holds what could be
+// read before, is in no respect worse than the image was, carries no bit that says it is sound while it is not, and
+// is repaired by a second run.
+func TestRepairCrash(t *testing.T) {
+	perPoint, seeds := 4, uint64(4)
+	if testing.Short() {
+		perPoint, seeds = 1, 1
+	}
+	if n, err := strconv.Atoi(os.Getenv(repairStatesEnv)); err == nil {
+		perPoint, seeds = 12, uint64(max(1, n/800))
+	}
+	total := make(chan crashtest.Stats, 1)
+	total <- crashtest.Stats{}
+	t.Run("seeds", func(t *testing.T) {
+		for seed := range seeds {
+			damagedImages(t, 100+seed, func(t *testing.T, name string, im *hostileImage, rng *rand.Rand) {
+				stats, err := repairCrash(im, rng, perPoint, repairSyncNone)
+				if err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+				sum := <-total
+				sum.Add(stats)
+				total <- sum
+			})
+		}
+	})
+	t.Logf("crash states of repairs: %v", <-total)
+}
+
+// worse returns in which respect the walk now found more than the walk before: counts too low, flags wrong, bad
+// entries. Where there was nothing to walk, nothing can be worse.
+func worse(before, now *refwalk.Report) string {
+	if before == nil || now == nil {
+		return ""
+	}
+	for _, n := range []struct {
+		what        string
+		before, now int
+	}{
+		{"I1: counts too low", before.TooLow, now.TooLow},
+		{"I3: bad entries", before.BadEntries, now.BadEntries},
+		{"I7: wrong COPIED", before.CopiedWrong, now.CopiedWrong},
+	} {
+		if n.now > n.before {
+			return fmt.Sprintf("%s: %d, and %d before the repair: %s", n.what, n.now, n.before, strings.Join(now.Findings, "; "))
+		}
+	}
+	return ""
+}
+
+// walkDisk walks the image in d; nil if there is nothing to walk.
+func walkDisk(d *crashtest.Disk) *refwalk.Report {
+	size, err := d.Size()
+	if err != nil {
+		return nil
+	}
+	rep, err := refwalk.Walk(d, size)
+	if err != nil {
+		return nil
+	}
+	return rep
+}
+
+// repairCrash records the repair of im, without the sync skip, and looks at the states of its crashes.
+func repairCrash(im *hostileImage, rng *rand.Rand, perPoint int, skip repairSync) (crashtest.Stats, error) {
+	cluster := int64(im.g.clusterSize)
+	rec := crashtest.NewRecorder()
+	file := rec.Regular("image", im.b)
+	before := readClusters(crashStorage{file}, cluster)
+	walked := walkDisk(file.Disk())
+	img, err := OpenStorage(crashStorage{file}, &OpenOptions{ReadWrite: true, CheckOnly: true})
+	if err != nil {
+		return crashtest.Stats{}, err
+	}
+	_, err = img.Check(context.Background(), &CheckOptions{Repair: RepairAll, test: testHooks{repairSkip: skip}})
+	if err := errors.Join(err, img.Close()); err != nil {
+		return crashtest.Stats{}, err
+	}
+	marked := im.b[fieldIncompatible+7]&incompatCorrupt != 0 && im.h.version >= 3
+	return rec.States(rng, crashtest.Options{PerPoint: perPoint}, func(s *crashtest.State) error {
+		d := s.Disk(file)
+		if lost := lostContent(before, readClusters(crashStorage{d}, cluster)); lost != "" {
+			return fmt.Errorf("%s: %s", s, lost)
+		}
+		rep := walkDisk(d)
+		if w := worse(walked, rep); w != "" {
+			return fmt.Errorf("%s: %s", s, w)
+		}
+		if rep != nil && marked && !rep.Header.Corrupt() && rep.Corruptions() > rep.Overlaps {
+			return fmt.Errorf("%s: the corrupt bit is off, but: %s", s, strings.Join(rep.Findings, "; "))
+		}
+		res, err := repairStorage(crashStorage{d}, RepairAll)
+		if err := checkRepaired(d, res, err, before, cluster); err != nil {
+			return fmt.Errorf("%s: again: %w", s, err)
+		}
+		return nil
+	})
+}
+
+// TestRepairBroken leaves out one sync of a repair at a time, and wants the crash states to show it, under the
+// number of the invariant that the sync is for. The same repairs with the sync show nothing.
+func TestRepairBroken(t *testing.T) {
+	tests := []struct {
+		name         string
+		skip         repairSync
+		base, damage string
+		want         string
+	}{
+		{"raised before COPIED is off", repairSyncClear, "extended", "entry misaligned", "I7"},
+		{"header before its table", repairSyncTable, "snapshot", "refcount block shared", "I1"},
+		{"lowered before the entry", repairSyncMend, "extended", "compressed with subclusters", "I1"},
+		{"COPIED before the count", repairSyncLower, "plain", "leak without COPIED", "I7"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			rb := repairBases[slices.IndexFunc(repairBases, func(b repairBase) bool { return b.name == tt.base })]
+			damage := repairDamages[slices.IndexFunc(repairDamages, func(d repairDamage) bool { return d.name == tt.damage })]
+			for seed := range uint64(8) {
+				im := rb.build(t)
+				if !damage.do(im, rand.New(rand.NewPCG(seed, 0))) {
+					t.Fatal("the image has not got what is to be damaged")
+				}
+				if _, err := repairCrash(im, rand.New(rand.NewPCG(seed, 1)), 16, repairSyncNone); err != nil {
+					t.Fatalf("with the sync: %v", err)
+				}
+				if _, err := repairCrash(im, rand.New(rand.NewPCG(seed, 1)), 16, tt.skip); err != nil {
+					if !strings.Contains(err.Error(), tt.want+":") {
+						t.Errorf("%v, want %s", err, tt.want)
+					}
+					return
+				}
+			}
+			t.Error("no crash state shows it")
+		})
+	}
+}
+
+// TestRepairFaults fails every host operation of repairs once: the call says so, nothing that could be read is lost,
+// and a second repair ends what the first began.
+func TestRepairFaults(t *testing.T) {
+	stride := 1
+	if testing.Short() {
+		stride = 7
+	}
+	damagedImages(t, 200, func(t *testing.T, name string, im *hostileImage, rng *rand.Rand) {
+		cluster := int64(im.g.clusterSize)
+		before := readClusters(crashStorage{crashtest.NewDisk(im.b)}, cluster)
+		for _, fault := range []crashtest.Fault{{Err: syscall.EIO}, {Err: syscall.ENOSPC, Short: true, Match: hostChange}, {Err: syscall.EIO, After: true, Match: hostChange}} {
+			for at := rng.IntN(stride); ; at += stride {
+				host := newFaultHost(map[string]*crashtest.Disk{"image": crashtest.NewDisk(im.b)})
+				fault.At = at
+				host.faults.Set(fault)
+				_, err := repairStorage(host.storage("image"), RepairAll)
+				met := host.faults.Fired() > 0
+				host.faults.Heal()
+				if met && !errors.Is(err, crashtest.ErrInjected) {
+					t.Errorf("%s: fault at operation %d: error %v", name, at, err)
+				}
+				host.checkIdle(t)
+				d := host.disks["image"]
+				if lost := lostContent(before, readClusters(crashStorage{d}, cluster)); lost != "" {
+					t.Errorf("%s: fault at operation %d: %s", name, at, lost)
+				}
+				res, err := repairStorage(host.storage("image"), RepairAll)
+				if err := checkRepaired(d, res, err, before, cluster); err != nil {
+					t.Errorf("%s: after the fault at operation %d: %v", name, at, err)
+				}
+				if !met || t.Failed() {
+					break
+				}
+			}
+		}
+	})
+}
+
+// TestRepairLeaks lowers refcounts and touches nothing else; where that would not do, it refuses.
+func TestRepairLeaks(t *testing.T) {
+	im := repairBases[0].build(t)
+	free := uint64(len(im.b)) &^ (im.g.clusterSize - 1)
+	im.b = append(im.b[:free], make([]byte, 2*im.g.clusterSize)...)
+	im.setRefcount(free, 3)
+	used := im.u64(im.entry(rand.New(rand.NewPCG(1, 1)), plainEntry)) & offsetMask
+	im.setRefcount(used, 2)
+	d := crashtest.NewDisk(im.b)
+	before := readClusters(crashStorage{d}, int64(im.g.clusterSize))
+	res, err := repairStorage(crashStorage{d}, RepairLeaks)
+	if err := checkRepaired(d, res, err, before, int64(im.g.clusterSize)); err != nil {
+		t.Error(err)
+	}
+	if res.LeaksFixed != 2 {
+		t.Errorf("fixed %d leaks, not 2", res.LeaksFixed)
+	}
+	clear(im.b[im.h.refTableOff:][:im.h.refTableBytes()])
+	d = crashtest.NewDisk(im.b)
+	if _, err := repairStorage(crashStorage{d}, RepairLeaks); !errors.Is(err, ErrCorrupt) || !bytes.Equal(d.Bytes(), im.b) {
+		t.Errorf("without refcounts: error %v, want ErrCorrupt and nothing changed", err)
+	}
+}

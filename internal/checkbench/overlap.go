@@ -45,6 +45,7 @@ const scanAim = 100
 func (b *bench) shares() error {
 	fmt.Printf("| writes, overlap checks on | samples | a write | checks (95 %%) | aim | a check | keeping the list (95 %%) |\n")
 	fmt.Printf("| --- | ---: | ---: | --- | --- | ---: | --- |\n")
+	var random *profile
 	for _, r := range shareRows {
 		if !b.wants("overlap/" + r.name) {
 			continue
@@ -56,21 +57,27 @@ func (b *bench) shares() error {
 		checks, keeping := p.share(p.checks), p.share(p.keeping)
 		fmt.Printf("| %s | %d | %s | %s %% | %s | %s | %s %% |\n", r.name, p.samples, ns(p.perWrite(p.samples)), percent(checks).Format("%.2f"),
 			aim(checks.Median < r.aim, fmt.Sprintf("below %.1f %%", 100*r.aim)), ns(p.perWrite(p.checks)), percent(keeping).Format("%.2f"))
-		if r.name != randomRow {
-			continue
+		if r.name == randomRow {
+			random = p
 		}
-		defer func() {
-			tables, nanos, err := b.scan()
-			if err != nil {
-				fmt.Printf("\nThe plain scan failed: %v\n", err)
-				return
-			}
-			query := p.perWrite(max(1, p.checks))
-			fmt.Printf("\nA plain scan of all %d ranges of metadata takes %s, %.0f times a check in random writes (%.0f … %.0f): aim %s.\n",
-				tables, ns(nanos), nanos/query, nanos/query*checks.Median/checks.High, nanos/query*checks.Median/checks.Low,
-				aim(nanos >= scanAim*query, fmt.Sprint(scanAim)))
-		}()
 	}
+	if random == nil {
+		return nil
+	}
+	return b.compareScan(random)
+}
+
+// compareScan measures a plain scan and prints it beside the checks of the profile of random writes.
+func (b *bench) compareScan(p *profile) error {
+	tables, nanos, err := b.scan()
+	if err != nil {
+		return fmt.Errorf("plain scan: %w", err)
+	}
+	checks := p.share(p.checks)
+	times := func(share float64) float64 { return nanos / (p.perWrite(p.samples) * share) }
+	ratio := measure.Interval{Low: times(checks.High), Median: times(checks.Median), High: times(checks.Low)}
+	fmt.Printf("\nA plain scan of all %d ranges of metadata takes %s, that is %s times a check in random writes: aim %s.\n",
+		tables, ns(nanos), ratio.Format("%.0f"), aim(ratio.Median >= scanAim, fmt.Sprint(scanAim)))
 	return nil
 }
 
@@ -94,7 +101,7 @@ func (p *profile) share(n int64) measure.Interval {
 	all, part := float64(p.samples), float64(n)/float64(p.samples)
 	middle := (part + z*z/(2*all)) / (1 + z*z/all)
 	half := z / (1 + z*z/all) * math.Sqrt(part*(1-part)/all+z*z/(4*all*all))
-	return measure.Interval{Low: max(0, middle-half), Median: part, High: middle + half}
+	return measure.Interval{Low: middle - half, Median: part, High: middle + half}
 }
 
 // samplePeriod is the processor time between two samples of a profile.

@@ -25,7 +25,7 @@ const memoryAllowance = 16 << 20
 
 // checkRows are the images. A quick run has smaller ones of the same kinds.
 func (b *bench) checkRows() []checkRow {
-	if b.quick {
+	if b.Quick {
 		return []checkRow{
 			{name: "256 MiB, 512-byte clusters", size: 256 << 20, cluster: 512, rounds: 6, aim: 5},
 			{name: "64 GiB, 64 KiB clusters", size: 64 << 30, cluster: 64 << 10, rounds: 6, aim: 1},

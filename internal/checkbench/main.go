@@ -10,46 +10,24 @@ package main
 
 import (
 	"errors"
-	"flag"
 	"fmt"
 	"os"
-	"regexp"
 	"time"
 
 	"github.com/go-qcow2/qcow2/internal/measure"
 )
 
-// config is what the flags say.
-type config struct {
-	parent string         // where the directory for files goes; best a tmpfs
-	quick  bool           // smaller images, fewer rounds, shorter profiles
-	filter *regexp.Regexp // rows to run, by their names
-}
-
 // bench holds the files of a run.
 type bench struct {
-	config
+	measure.Flags
 	dir   string
 	begin time.Time
 }
 
-// parseFlags reads the command line.
-func parseFlags() (config, error) {
-	dir := flag.String("dir", measure.DefaultDir(), "directory for the files; the figures are meant for a tmpfs")
-	quick := flag.Bool("quick", false, "a short run, for a look: smaller images, fewer rounds, shorter profiles")
-	run := flag.String("run", "", "only rows that match the regular expression, as in 'check/.*snapshots'")
-	flag.Parse()
-	filter, err := regexp.Compile(*run)
-	return config{parent: *dir, quick: *quick, filter: filter}, err
-}
-
 func main() {
-	err := errNoChild
-	if err = runChild(); errors.Is(err, errNoChild) {
-		var c config
-		if c, err = parseFlags(); err == nil {
-			err = measure.InDir(c.parent, func(dir string) error { return run(dir, c) })
-		}
+	err := runChild()
+	if errors.Is(err, errNoChild) {
+		err = parent()
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "checkbench:", err)
@@ -57,12 +35,21 @@ func main() {
 	}
 }
 
+// parent reads the command line and measures.
+func parent() error {
+	f, err := measure.ParseFlags("smaller images, fewer rounds, shorter profiles", "check/.*snapshots")
+	if err != nil {
+		return err
+	}
+	return measure.InDir(f.Dir, func(dir string) error { return run(dir, f) })
+}
+
 // run measures with files in dir and prints the report, each table when it is complete.
 //
 // The checks come first: until then this process is small, and of a process that it starts the system counts
 // the memory of this one too, for the moment before the other program is loaded.
-func run(dir string, c config) error {
-	b := &bench{config: c, dir: dir, begin: time.Now()}
+func run(dir string, f measure.Flags) error {
+	b := &bench{Flags: f, dir: dir, begin: time.Now()}
 	version, err := measure.QEMUVersion()
 	if err != nil {
 		return err
@@ -80,7 +67,7 @@ func run(dir string, c config) error {
 
 // wants reports whether a row is to be run, and says that it begins.
 func (b *bench) wants(name string) bool {
-	if !b.filter.MatchString(name) {
+	if !b.Filter.MatchString(name) {
 		return false
 	}
 	fmt.Fprintf(os.Stderr, "%4.0fs  %s\n", time.Since(b.begin).Seconds(), name)
@@ -89,7 +76,7 @@ func (b *bench) wants(name string) bool {
 
 // either returns one of two values: that of a full or that of a quick run.
 func either[T any](b *bench, full, quick T) T {
-	if b.quick {
+	if b.Quick {
 		return quick
 	}
 	return full

@@ -5,8 +5,8 @@ import (
 	"os/signal"
 )
 
-// DefaultDir returns the tmpfs of Linux, or the system's directory for temporary files.
-func DefaultDir() string {
+// defaultDir returns the tmpfs of Linux, or the system's directory for temporary files.
+func defaultDir() string {
 	if fi, err := os.Stat("/dev/shm"); err == nil && fi.IsDir() {
 		return "/dev/shm"
 	}

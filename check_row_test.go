@@ -73,13 +73,13 @@ func TestRefsInRow(t *testing.T) {
 		{"another place", func(p []byte, _ []uint16, i int) { binary.BigEndian.PutUint64(p[8*i:], entry(i+2)) }},
 		{"without COPIED", func(p []byte, _ []uint16, i int) { binary.BigEndian.PutUint64(p[8*i:], entry(i)&^flagCopied) }},
 		{"reserved bit", func(p []byte, _ []uint16, i int) { binary.BigEndian.PutUint64(p[8*i:], entry(i)|2) }},
-		{"referred to", func(_ []byte, words []uint16, i int) { words[i] = 1 }},
-		{"flag", func(_ []byte, words []uint16, i int) { words[i] = refPlain }},
+		{"too many references", func(_ []byte, words []uint16, i int) { words[i] = 6 | refPlain }},
 	} {
 		for at := range n {
 			p, words := make([]byte, 8*n), make([]uint16, n)
 			for i := range n {
 				binary.BigEndian.PutUint64(p[8*i:], entry(i))
+				words[i] = uint16(i) | refStoredOne
 			}
 			row.breakAt(p, words, at)
 			want := slices.Clone(words)
@@ -88,15 +88,15 @@ func TestRefsInRow(t *testing.T) {
 				wantN = n
 			}
 			for i := range wantN {
-				want[i] = 3 | refCopied
+				want[i] = uint16(i+3) | refStoredOne | refCopied
 			}
-			got := refsInRow(p, entry(-1), cluster, words, 3|refCopied)
+			got := refsInRow(p, entry(-1), cluster, words, 3, n-1, refCopied)
 			if diff := cmp.Diff(want, words); got != wantN || diff != "" {
 				t.Errorf("%s at %d: %d, want %d; words (-want +got):\n%s", row.name, at, got, wantN, diff)
 			}
 		}
 	}
-	if got := refsInRow(nil, entry(0), cluster, make([]uint16, 2), 1); got != 0 {
+	if got := refsInRow(nil, entry(0), cluster, make([]uint16, 2), 1, 9, 0); got != 0 {
 		t.Errorf("at the end of the table: %d", got)
 	}
 }

@@ -659,7 +659,7 @@ func (c *checker) walkTable(r l2Ref, p []byte) error {
 				if next < c.size {
 					here := words[ci&(refChunkWords-1)+1:]
 					here = here[:min(uint64(len(here)), (c.size-1-next)>>c.clusterBits+1)]
-					k := refsInRow(p[i+8:], w, c.clusterSize, here, uint16(times)|flag)
+					k := refsInRow(p[i+8:], w, c.clusterSize, here, uint16(times), uint16(limit-times), flag)
 					allocated += int64(k)
 					next += uint64(k) << c.clusterBits
 					i += 8 * k
@@ -677,16 +677,17 @@ func (c *checker) walkTable(r l2Ref, p []byte) error {
 }
 
 // refsInRow counts the entries of p that go on behind entry w, each one cluster further and otherwise the same, as
-// long as words, of the clusters behind that of w, are those of clusters without references. It sets those to word,
-// and returns how many there are: in most tables nearly all.
-func refsInRow(p []byte, w, clusterSize uint64, words []uint16, word uint16) int {
+// long as words, of the clusters behind that of w, count no more than most references. It adds times references and
+// flag to those, and returns how many there are: in most tables nearly all. The sum fits a word.
+func refsInRow(p []byte, w, clusterSize uint64, words []uint16, times, most, flag uint16) int {
 	n := min(len(p)/8, len(words))
 	for i := range n {
 		w += clusterSize
-		if binary.BigEndian.Uint64(p[8*i:]) != w || words[i] != 0 {
+		word := words[i]
+		if binary.BigEndian.Uint64(p[8*i:]) != w || word&refCountMask > most {
 			return i
 		}
-		words[i] = word
+		words[i] = (word + times) | flag
 	}
 	return n
 }

@@ -30,14 +30,14 @@ func (b *bench) checkRows() []checkRow {
 			{name: "256 MiB, 512-byte clusters", size: 256 << 20, cluster: 512, rounds: 6, aim: 5},
 			{name: "64 GiB, 64 KiB clusters", size: 64 << 30, cluster: 64 << 10, rounds: 6, aim: 1},
 			{name: "256 GiB, 64 KiB clusters", size: 256 << 30, cluster: 64 << 10, rounds: 6, aim: 5},
-			{name: "4 GiB, 64 KiB clusters, 10 snapshots", size: 4 << 30, cluster: 64 << 10, snapshots: 10, rounds: 6, aim: 1},
+			{name: "4 GiB, 64 KiB clusters, 10 snapshots", size: 4 << 30, cluster: 64 << 10, snapshots: 10, rounds: 6, aim: 5},
 		}
 	}
 	return []checkRow{
-		{name: "2 GiB, 512-byte clusters", size: 2 << 30, cluster: 512, rounds: 15, aim: 5},
+		{name: "2 GiB, 512-byte clusters", size: 2 << 30, cluster: 512, rounds: 11, aim: 5},
 		{name: "64 GiB, 64 KiB clusters", size: 64 << 30, cluster: 64 << 10, rounds: 31, aim: 1},
 		{name: "1 TiB, 64 KiB clusters", size: 1 << 40, cluster: 64 << 10, rounds: 15, aim: 5},
-		{name: "16 GiB, 64 KiB clusters, 100 snapshots", size: 16 << 30, cluster: 64 << 10, snapshots: 100, rounds: 31, aim: 1},
+		{name: "16 GiB, 64 KiB clusters, 100 snapshots", size: 16 << 30, cluster: 64 << 10, snapshots: 100, rounds: 31, aim: 5},
 	}
 }
 

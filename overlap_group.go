@@ -39,6 +39,9 @@ type overlapWords struct{ short, long []uint16 }
 // searchShort returns the index of the first short fragment at or behind cluster c of the window.
 func (v overlapWords) searchShort(c uint32) int {
 	lo, hi := 0, len(v.short)
+	if hi > 0 && uint32(v.short[hi-1]>>2) < c {
+		return hi // where new tables go while a file grows
+	}
 	for lo < hi {
 		middle := int(uint(lo+hi) / 2)
 		if uint32(v.short[middle]>>2) < c {

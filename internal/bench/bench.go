@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/go-qcow2/qcow2"
+	"github.com/go-qcow2/qcow2/internal/measure"
 )
 
 // bench holds the files of a run.
@@ -129,9 +130,9 @@ func (b *bench) verify(c contender, path string) error {
 type row struct {
 	workload   workload
 	goroutines int
-	rawRate    float64  // median, in bytes per second
-	ours, qemu interval // rates as parts of the raw file's; qemu is zero where it did not run
-	mode       string   // how qemu-img was run
+	rawRate    float64          // median, in bytes per second
+	ours, qemu measure.Interval // rates as parts of the raw file's; qemu is zero where it did not run
+	mode       string           // how qemu-img was run
 }
 
 // measure measures one row. A round is a measurement of the library and the raw file by turns, and then one
@@ -164,10 +165,10 @@ func (b *bench) measure(w workload, workers int) (row, error) {
 			qemuRatios = append(qemuRatios, v/raw.rate())
 		}
 	}
-	r.rawRate = medianInterval(rawRates).median
-	r.ours = medianInterval(oursRatios)
+	r.rawRate = measure.MedianInterval(rawRates).Median
+	r.ours = measure.MedianInterval(oursRatios)
 	if q != nil {
-		r.qemu = medianInterval(qemuRatios)
+		r.qemu = measure.MedianInterval(qemuRatios)
 	}
 	return r, nil
 }

@@ -11,48 +11,34 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
-	"regexp"
 	"time"
+
+	"github.com/go-qcow2/qcow2/internal/measure"
 )
 
 // config is what the flags say.
 type config struct {
-	dir       string         // where files go; best a tmpfs
-	size      int64          // of the mapped disks, in bytes
-	allocSize int64          // of the disks that are filled, in bytes
-	rounds    int            // measured rounds per row
-	slice     time.Duration  // time for the library, and for the raw file, in a round
-	filter    *regexp.Regexp // rows to run, by "workload/goroutines"
-	qemu      bool           // whether qemu-img runs too
+	measure.Flags
+	size      int64         // of the mapped disks, in bytes
+	allocSize int64         // of the disks that are filled, in bytes
+	rounds    int           // measured rounds per row
+	slice     time.Duration // time for the library, and for the raw file, in a round
+	qemu      bool          // whether qemu-img runs too
 }
 
 // parseFlags reads the command line.
 func parseFlags() (config, error) {
-	dir := flag.String("dir", defaultDir(), "directory for the files; the figures are meant for a tmpfs")
-	quick := flag.Bool("quick", false, "a short run, for a look: smaller disks and shorter slices")
 	rounds := flag.Int("rounds", 21, "measured rounds per row, at least 15")
-	run := flag.String("run", "", "only rows that match the regular expression, as in 'random read/2'")
 	qemu := flag.Bool("qemu", true, "run qemu-img too, where it is installed")
-	flag.Parse()
-	filter, err := regexp.Compile(*run)
+	f, err := measure.ParseFlags("smaller disks and shorter slices", "random read/2")
 	if err != nil {
 		return config{}, err
 	}
-	c := config{dir: *dir, size: 1 << 30, allocSize: 4 << 30, rounds: max(*rounds, 15), slice: 72 * time.Millisecond,
-		filter: filter, qemu: *qemu}
-	if *quick {
+	c := config{Flags: f, size: 1 << 30, allocSize: 4 << 30, rounds: max(*rounds, 15), slice: 72 * time.Millisecond, qemu: *qemu}
+	if c.Quick {
 		c.size, c.allocSize, c.rounds, c.slice = 256<<20, 1<<30, 15, 24*time.Millisecond
 	}
 	return c, nil
-}
-
-// defaultDir returns the tmpfs of Linux, or the system's directory for temporary files.
-func defaultDir() string {
-	if fi, err := os.Stat("/dev/shm"); err == nil && fi.IsDir() {
-		return "/dev/shm"
-	}
-	return os.TempDir()
 }
 
 func main() {
@@ -66,25 +52,17 @@ func main() {
 	}
 }
 
-// run makes the files, measures, prints the report and removes the files.
+// run measures in a directory of its own and prints the report.
 func run(c config) error {
-	dir, err := os.MkdirTemp(c.dir, "qcow2-bench-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	// An interrupted run leaves no gigabytes in memory either.
-	interrupt := make(chan os.Signal, 1)
-	signal.Notify(interrupt, os.Interrupt)
-	go func() {
-		<-interrupt
-		os.RemoveAll(dir)
-		os.Exit(1)
-	}()
+	return measure.InDir(c.Dir, func(dir string) error { return runIn(dir, c) })
+}
 
+// runIn makes the files in dir, measures and prints the report.
+func runIn(dir string, c config) error {
 	begin := time.Now()
 	var q *qemu
 	if c.qemu {
+		var err error
 		if q, err = findQEMU(); err != nil {
 			fmt.Fprintln(os.Stderr, "bench: without qemu-img:", err)
 		}
@@ -97,7 +75,7 @@ func run(c config) error {
 	for _, w := range workloads {
 		for _, g := range goroutines {
 			name := fmt.Sprintf("%s/%d", w.name, g)
-			if !c.filter.MatchString(name) {
+			if !c.Filter.MatchString(name) {
 				continue
 			}
 			fmt.Fprintf(os.Stderr, "%4.0fs  %s\n", time.Since(begin).Seconds(), name)

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/go-qcow2/qcow2"
+	"github.com/go-qcow2/qcow2/internal/measure"
 )
 
 // qemu is the installed qemu-img.
@@ -21,13 +22,10 @@ type qemu struct {
 
 // findQEMU looks for qemu-img.
 func findQEMU() (*qemu, error) {
-	out, err := exec.Command("qemu-img", "--version").Output()
+	version, err := measure.QEMUVersion()
 	if err != nil {
 		return nil, err
 	}
-	version, _, _ := strings.Cut(string(out), "\n")
-	version = strings.TrimPrefix(version, "qemu-img version ")
-	version, _, _ = strings.Cut(version, " ")
 	return &qemu{version: version}, nil
 }
 

@@ -14,7 +14,7 @@ type OverlapCheck struct {
 	// With adds kinds to it, Without takes kinds away.
 	With, Without OverlapKinds
 	// CacheBytes bounds the memory in bytes for what is known of the parts of the file in use. Default
-	// 256 kB, which is two million clusters; minimum one part of 16384 clusters. Beyond it, a check costs
+	// 256 kB, which is some eight million clusters; minimum one part of 16384 clusters. Beyond it, a check costs
 	// a search.
 	CacheBytes int64
 }

@@ -101,6 +101,7 @@ func (p OverlapPreset) kinds() OverlapKinds {
 
 // The units of the list, as log2 of clusters.
 const (
+	overlapBitBits    = 2  // clusters of one bit of the cache: 4
 	overlapBlockBits  = 8  // no fragment crosses a multiple of this: 256 clusters
 	overlapWindowBits = 14 // a window, the unit of the cache: 16384 clusters
 	overlapGroupBits  = 19 // a group, the unit of the directory: 32 windows
@@ -114,12 +115,12 @@ const (
 
 // Bounds of memory, and what its pieces take, in bytes. What Go allocates is counted, not what was asked for.
 const (
-	overlapDefaultCache = 256_000  // 123 windows: 2 million clusters
+	overlapDefaultCache = 256_000  // 477 windows: 7.8 million clusters
 	overlapDefaultList  = 64 << 20 // some 30 million tables of one cluster
 	overlapGroupBytes   = 224      // an overlapGroup, without its words
 	overlapDenseBytes   = 768 + 48 // an overlapDense, without its words, and its place in the map
 	overlapSlotBytes    = 24       // an overlapSlot
-	overlapBitmapBytes  = 2048     // an overlapBitmap
+	overlapBitmapBytes  = 512      // an overlapBitmap
 	overlapEditBytes    = 2048     // what an overlapEdit keeps at most
 	overlapFilterMin    = 4 << 10  // bits of an overlapFilter
 	overlapFilterMax    = 1 << 20  // bits of an overlapFilter
@@ -153,8 +154,8 @@ type overlapLimits struct {
 // TiB of 64 KiB clusters takes 13 kB, and one of 512-byte clusters 92 MB, of which the groups themselves are
 // less than 8 bytes per window. Groups are found by a hash table, so that the size of an offset costs nothing.
 //
-// Of windows in use there is a bitmap besides, with a bit set for each cluster that is of any kind. It answers
-// the question of nearly every host write, whether it hits nothing, by one or two words, without a lock and
+// Of windows in use there is a bitmap besides, with a bit set for each four clusters of which one is of any kind. It
+// answers the question of nearly every host write, whether it hits nothing, by one or two words, without a lock and
 // without allocating. The same holds for windows without a fragment. Every other query looks the fragments up
 // under a mutex, by binary search.
 //
@@ -317,8 +318,9 @@ func (l *overlapList) freeInWindow(g *overlapGroup, first, last uint64) bool {
 	if seq&1 != 0 || s.window.Load() != w {
 		return false
 	}
-	i, j := first&overlapWindowMask>>6, last&overlapWindowMask>>6
-	from, to := ^uint64(0)<<(first&63), ^uint64(0)>>(63-last&63)
+	a, b := first&overlapWindowMask>>overlapBitBits, last&overlapWindowMask>>overlapBitBits
+	i, j := a>>6, b>>6
+	from, to := ^uint64(0)<<(a&63), ^uint64(0)>>(63-b&63)
 	for ; i < j; i++ {
 		if s.bitmap[i].Load()&from != 0 {
 			return false
@@ -520,8 +522,10 @@ func (l *overlapList) suspectLocked(first, last uint64) {
 	f.add(first, last)
 }
 
-// overlapBitmap has a bit set for each cluster of a window that is of any kind.
-type overlapBitmap [1 << (overlapWindowBits - 6)]atomic.Uint64
+// overlapBitmap has a bit set for each four clusters of a window of which one is of any kind. A bit for each cluster
+// would send fewer queries to the fragments, but writes all over an image would find it in no cache of the
+// processor: the bits of a GiB of 512-byte clusters take 64 KiB so.
+type overlapBitmap [1 << (overlapWindowBits - overlapBitBits - 6)]atomic.Uint64
 
 // overlapSlot is a place for a cached window.
 type overlapSlot struct {
@@ -534,17 +538,18 @@ type overlapSlot struct {
 // fill brings the bits of the clusters from first to last of the window, whose fragments are v, up to date. Each
 // word changes at once, and only if it has to. Precondition: mu.
 func (s *overlapSlot) fill(v overlapWords, first, last uint32) {
+	const inWord = 64 << overlapBitBits // clusters of a word
 	var words [len(s.bitmap)]uint64
-	first, last = first&^63, last|63
+	first, last = first&^(inWord-1), last|(inWord-1)
 	it := v.iterate(first, last)
 	for f, ok := it.next(); ok; f, ok = it.next() {
-		for c, n := f.first, f.n; n > 0; {
-			k := min(n, 64-c&63)
-			words[c>>6] |= ^uint64(0) >> (64 - k) << (c & 63)
-			c, n = c+k, n-k
+		for a, b := f.first>>overlapBitBits, (f.first+f.n-1)>>overlapBitBits; a <= b; {
+			k := min(b-a+1, 64-a&63)
+			words[a>>6] |= ^uint64(0) >> (64 - k) << (a & 63)
+			a += k
 		}
 	}
-	for i := first >> 6; i <= last>>6; i++ {
+	for i := first / inWord; i <= last/inWord; i++ {
 		if p := &s.bitmap[i]; p.Load() != words[i] {
 			p.Store(words[i])
 		}

@@ -265,8 +265,8 @@ func (o *CheckOptions) validate() error {
 // Memory is two bytes for each host cluster that is referred to.
 //
 // Errors: that of the context, *OptionError, ErrReadOnly for a repair of an image that was opened for reading,
-// ErrFailed after a failed sync, ErrCorrupt where RepairLeaks would not do, fs.ErrClosed, and
-// those of the storage. The result is that of the part that was done then.
+// ErrFailed after a failed sync, ErrCorrupt where RepairLeaks would not do, or where nothing can be repaired since the
+// header contradicts itself, fs.ErrClosed, and those of the storage. The result is that of the part that was done then.
 //
 // qcow2 spec, "Host cluster management", "Cluster mapping", "Snapshots" and "Bitmaps".
 func (img *Image) Check(ctx context.Context, opts *CheckOptions) (*CheckResult, error) {

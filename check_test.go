@@ -164,7 +164,7 @@ func TestCheckFindings(t *testing.T) {
 
 // TestCheckOverflow gives a cluster more references than a refcount of one bit counts.
 func TestCheckOverflow(t *testing.T) {
-	im := repairBases[2].build(t)
+	im := baseNamed(t, "one bit").build(t)
 	a, b := im.l2(0), im.l2(1)
 	im.put(a, 8, im.u64(b))
 	res, found := findingsOf(t, crashStorage{crashtest.NewDisk(im.b)}, CheckOptions{})
@@ -179,7 +179,7 @@ func TestCheckOverflow(t *testing.T) {
 
 // TestCheckCancel ends a check and a repair by their context.
 func TestCheckCancel(t *testing.T) {
-	im := repairBases[0].build(t)
+	im := baseNamed(t, "plain").build(t)
 	clear(im.b[im.h.refTableOff:][:im.h.refTableBytes()])
 	for _, scope := range []RepairScope{RepairNothing, RepairAll} {
 		d := crashtest.NewDisk(im.b)
@@ -200,7 +200,7 @@ func TestCheckCancel(t *testing.T) {
 
 // TestCheckProgress looks at the numbers of the progress: they never fall within a pass, and reach the total.
 func TestCheckProgress(t *testing.T) {
-	im := repairBases[0].build(t)
+	im := baseNamed(t, "plain").build(t)
 	img, err := OpenStorage(crashStorage{crashtest.NewDisk(im.b)}, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -227,7 +227,7 @@ func TestCheckProgress(t *testing.T) {
 
 // TestCheckRefuses wants each misuse of Check refused by its error.
 func TestCheckRefuses(t *testing.T) {
-	im := repairBases[0].build(t)
+	im := baseNamed(t, "plain").build(t)
 	open := func(o *OpenOptions) *Image {
 		img, err := OpenStorage(crashStorage{crashtest.NewDisk(im.b)}, o)
 		if err != nil {
@@ -343,7 +343,7 @@ func TestCheckLive(t *testing.T) {
 
 // TestCheckConcurrent checks and repairs an image beside its readers and writers.
 func TestCheckConcurrent(t *testing.T) {
-	im := repairBases[3].build(t) // with a snapshot
+	im := baseNamed(t, "snapshot").build(t) // with a snapshot
 	im.put(im.l2(3), 8, im.u64(im.l2(3))&^flagCopied)
 	d := crashtest.NewDisk(im.b)
 	img, err := OpenStorage(crashStorage{d}, &OpenOptions{ReadWrite: true, L2CacheBytes: 1, RefcountCacheBytes: 1})
@@ -430,7 +430,7 @@ func TestEndOffset(t *testing.T) {
 				clear(b[block : block+im.g.clusterSize])
 			}
 			want, _ := findingsOf(t, crashStorage{crashtest.NewDisk(im.b)}, CheckOptions{})
-			img, err := OpenStorage(crashStorage{crashtest.NewDisk(b)}, nil)
+			img, err := OpenStorage(crashStorage{crashtest.NewDisk(b)}, &OpenOptions{NoBacking: true})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -484,7 +484,7 @@ func TestCheckMemory(t *testing.T) {
 	if most := uint64(2*clusters + clusters/refChunkWords*16<<10); got > most {
 		t.Errorf("%d clusters took %d bytes, above %d", clusters, got, most)
 	}
-	im := repairBases[0].build(t)
+	im := baseNamed(t, "plain").build(t)
 	d := crashStorage{crashtest.NewDisk(im.b)}
 	check := func(s Storage) (n uint64, res *CheckResult) {
 		return allocated(func() { res, _ = findingsOf(t, s, CheckOptions{}) }), res

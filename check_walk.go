@@ -775,8 +775,9 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 }
 
 // mendL2 returns what a repair makes of the L2 entry e of guest, whatever the refcounts are. What can be read
-// of it reads the same afterwards. What no reader accepts reads as zeros, and in version 2, which has no
-// other word for that, as nothing; but a zero flag in version 2 is a reserved bit like others.
+// of it reads the same afterwards. What no reader accepts reads as zeros. Version 2 has no word for that: there it is
+// nothing, and a repair puts a cluster of zeros in its place where there is a backing file; but a zero flag in
+// version 2 is a reserved bit like others.
 func (c *checker) mendL2(e l2Entry, guest uint64) l2Entry {
 	zero := l2Entry{word: flagZero}
 	switch {

@@ -130,3 +130,23 @@ func ExampleConvert() {
 	// 65536 65536 compressed
 	// 131072 917504 unallocated
 }
+
+// An image that was damaged is checked and repaired.
+func ExampleImage_Check() {
+	s := qcow2.NewMemoryStorage()
+	img, err := qcow2.CreateStorage(s, 1<<20, nil)
+	check(err)
+	check(img.Close())
+	// The refcount table stands in the second cluster of a new image. Without it the header, it
+	// and the L1 table are in use and have no refcount.
+	_, err = s.WriteAt(make([]byte, 512), 64<<10)
+	check(err)
+
+	img, err = qcow2.OpenStorage(s, &qcow2.OpenOptions{CheckOnly: true, ReadWrite: true})
+	check(err)
+	defer img.Close()
+	res, err := img.Check(context.Background(), &qcow2.CheckOptions{Repair: qcow2.RepairAll})
+	check(err)
+	fmt.Printf("fixed %d, left %d, clean: %v\n", res.CorruptionsFixed, res.Corruptions, res.Clean())
+	// Output: fixed 3, left 0, clean: true
+}

@@ -30,6 +30,9 @@ import (
 // A new block or table is durable before anything points at it, and the header switches between tables that
 // are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
 // cluster whose count of one is durable (I7). The bits that keep writers out go last.
+//
+// An entry in a cluster of another table is left alone. If that was an old refcount table or block, the entry is
+// mended after the new ones took over, COPIED included: until then it is as wrong as it was.
 type repairer struct {
 	ctx   context.Context
 	host  *hostFile
@@ -38,8 +41,9 @@ type repairer struct {
 	first *checker // the check before the repair
 	last  *checker // the check after it
 
-	changed bool // something was written since the last sync
-	wrote   bool // something was written at all
+	zeros   *zeroClusters // for entries that read as zeros where no entry says so; nil: none are needed
+	changed bool          // something was written since the last sync
+	wrote   bool          // something was written at all
 	rebuilt bool
 }
 
@@ -162,6 +166,9 @@ func (r *repairer) writeChanged(use clusterUse, before, now []byte, off uint64) 
 
 // repair mends what it can of what the first check found.
 func (r *repairer) repair() error {
+	if err := r.checkDataFile(); err != nil {
+		return err
+	}
 	if r.o.Repair == RepairLeaks {
 		return r.repairLeaks()
 	}
@@ -180,6 +187,9 @@ func (r *repairer) repair() error {
 	if err != nil {
 		return err
 	}
+	if err := r.planZeros(c); err != nil {
+		return err
+	}
 	if err := r.raise(c); err != nil {
 		return err
 	}
@@ -196,6 +206,16 @@ func (r *repairer) repair() error {
 		return err
 	}
 	return r.clearBits()
+}
+
+// checkDataFile refuses to repair an image with the data file bit that names no data file, unless it is sound. If
+// the bit is what is wrong, the clusters are in the image: a repair by it would free them all, and replace the
+// offsets that lead to them.
+func (r *repairer) checkDataFile() error {
+	if !r.h.hasDataFile() || r.h.dataFileName != "" || r.first.sound() {
+		return nil
+	}
+	return &CorruptError{What: "external data file bit without a data file's name", HostOff: fieldIncompatible, GuestOff: noOffset}
 }
 
 // sound reports that the check found nothing at all to mend, but for the bits in the header.
@@ -442,6 +462,55 @@ func (r *repairer) planSnapshotTable(c *checker) (*snapshotTablePlan, error) {
 	return &snapshotTablePlan{off: run.first << c.clusterBits, data: data}, nil
 }
 
+// zeroClusters are clusters of zeros that entries share: each as many as its refcount counts.
+type zeroClusters struct {
+	first uint64 // the first cluster
+	n     uint64 // clusters in use
+	used  uint64 // references to the last of them
+	most  uint64 // largest refcount
+}
+
+// next returns the cluster for an entry that counts so often.
+func (z *zeroClusters) next(times uint64) uint64 {
+	if z.n == 0 || times > z.most-z.used {
+		z.n, z.used = z.n+1, 0
+	}
+	z.used += min(times, z.most)
+	return z.first + z.n - 1
+}
+
+// planZeros writes clusters of zeros for the entries of a version 2 overlay that are to read as zeros: version 2 has
+// no other word for that, and as nothing they would show the backing file. They stand behind all that c counted, and
+// have the largest refcount until step 5. Nothing names them before step 4.
+func (r *repairer) planZeros(c *checker) error {
+	if !c.version2 || !r.h.hasBacking() {
+		return nil
+	}
+	z := zeroClusters{most: c.most}
+	err := r.eachMended(c, func(ref l2Ref, e, m l2Entry) l2Entry {
+		if m.word == 0 {
+			z.next(uint64(ref.active) + uint64(ref.inactive))
+		}
+		return e
+	})
+	if err != nil || z.n == 0 {
+		return err
+	}
+	run, err := r.take(c, z.n)
+	if err != nil {
+		return err
+	}
+	zeros := make([]byte, c.clusterSize)
+	for i := range run.n {
+		c.refs.set(run.first+i, c.most)
+		if err := r.write(useData, zeros, (run.first+i)<<c.clusterBits); err != nil {
+			return fmt.Errorf("cluster of zeros: %w", err)
+		}
+	}
+	r.zeros = &zeroClusters{first: run.first, most: c.most}
+	return nil
+}
+
 // append appends the snapshot as a table entry with all the extra data that version 3 demands. qcow2 spec,
 // "Snapshots".
 func (s *snapshot) append(p []byte) []byte {
@@ -507,17 +576,24 @@ func (r *repairer) raise(c *checker) error {
 	if err := r.syncAt(repairSyncClear); err != nil {
 		return err
 	}
-	if c.unusable {
-		return r.rebuild(c)
-	}
-	blocks, err := r.missingBlocks(c)
-	if err != nil {
-		return err
+	var blocks []newBlock
+	if !c.unusable {
+		var err error
+		if blocks, err = r.missingBlocks(c); err != nil {
+			return err
+		}
 	}
 	if blocks == nil {
-		return r.rebuild(c)
+		if err := r.rebuild(c); err != nil {
+			return err
+		}
+		// An entry in a cluster of the old structures could not be cleared before.
+		if err := r.eachCopied(c, clearWrong); err != nil {
+			return err
+		}
+		return r.sync()
 	}
-	err = r.writeCounts(c, func(stored, n uint64) uint64 { return max(stored, n) })
+	err := r.writeCounts(c, func(stored, n uint64) uint64 { return max(stored, n) })
 	if err != nil {
 		return err
 	}
@@ -734,19 +810,11 @@ func (r *repairer) mendEntries(c *checker) error {
 			return err
 		}
 	}
-	err := r.eachL2(c, func(ref l2Ref, p []byte) error {
-		guest := uint64(ref.l1Index) << (c.clusterBits + c.l2Bits)
-		for i := uint64(0); i < 1<<c.l2Bits; i++ {
-			b := p[i<<c.l2EntryBits:]
-			e := l2Entry{word: binary.BigEndian.Uint64(b)}
-			if c.extendedL2 {
-				e.bitmap = binary.BigEndian.Uint64(b[8:])
-			}
-			if m := c.mendL2(e, guest+i<<c.clusterBits); m != e && e != (l2Entry{}) {
-				c.putEntry(p, i, m)
-			}
+	err := r.eachMended(c, func(ref l2Ref, e, m l2Entry) l2Entry {
+		if m.word == 0 && r.zeros != nil {
+			m.word = r.zeros.next(uint64(ref.active)+uint64(ref.inactive)) << c.clusterBits
 		}
-		return nil
+		return m
 	})
 	if err != nil {
 		return err
@@ -755,6 +823,28 @@ func (r *repairer) mendEntries(c *checker) error {
 		return err
 	}
 	return r.syncAt(repairSyncMend)
+}
+
+// eachMended replaces every L2 entry e that must be mended by what f returns for it; m is what the format alone makes
+// of it.
+func (r *repairer) eachMended(c *checker, f func(ref l2Ref, e, m l2Entry) l2Entry) error {
+	return r.eachL2(c, func(ref l2Ref, p []byte) error {
+		guest := uint64(ref.l1Index) << (c.clusterBits + c.l2Bits)
+		for i := uint64(0); i < 1<<c.l2Bits; i++ {
+			b := p[i<<c.l2EntryBits:]
+			e := l2Entry{word: binary.BigEndian.Uint64(b)}
+			if c.extendedL2 {
+				e.bitmap = binary.BigEndian.Uint64(b[8:])
+			}
+			if e == (l2Entry{}) {
+				continue
+			}
+			if m := c.mendL2(e, guest+i<<c.clusterBits); m != e {
+				c.putEntry(p, i, f(ref, e, m))
+			}
+		}
+		return nil
+	})
 }
 
 // mendBitmaps takes impossible entries out of the tables of bitmaps. What such a bitmap says is not known any

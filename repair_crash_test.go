@@ -35,6 +35,7 @@ type repairBase struct {
 var repairBases = []repairBase{
 	{name: "plain", create: CreateOptions{ClusterSize: 512}, packed: true},
 	{name: "version 2", create: CreateOptions{ClusterSize: 1024, Version: 2}, packed: true},
+	{name: "version 2 overlay", create: CreateOptions{ClusterSize: 512, Version: 2, BackingFile: "base", BackingFormat: "raw"}},
 	{name: "one bit", create: CreateOptions{ClusterSize: 512, RefcountBits: 1}},
 	{name: "snapshot", create: CreateOptions{ClusterSize: 512, RefcountBits: 64}, packed: true, change: addTestSnapshot},
 	{name: "bitmap", create: CreateOptions{ClusterSize: 4096, RefcountBits: 4}, packed: true, change: addTestBitmap},
@@ -42,11 +43,24 @@ var repairBases = []repairBase{
 	{name: "lazy", create: CreateOptions{ClusterSize: 512, LazyRefcounts: true}},
 }
 
+// baseNamed returns the base of the given name.
+func baseNamed(t testing.TB, name string) *repairBase {
+	t.Helper()
+	i := slices.IndexFunc(repairBases, func(b repairBase) bool { return b.name == name })
+	if i < 0 {
+		t.Fatalf("no base is called %q", name)
+	}
+	return &repairBases[i]
+}
+
 // build returns the bytes of the image.
 func (rb *repairBase) build(t testing.TB) *hostileImage {
 	t.Helper()
 	sc := faultScenario{size: 128 << 10, create: rb.create, change: rb.change}
 	sc.prepare = []faultStep{{'w', 0, 20_000}, {'w', 60_000, 9_000}, {'w', 100_000, 300}}
+	if rb.create.BackingFile != "" {
+		sc.base = 128 << 10
+	}
 	if rb.packed {
 		sc.prepare = append(sc.prepare, faultStep{'c', 1, 2})
 	}
@@ -471,7 +485,7 @@ func TestRepairBroken(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			rb := repairBases[slices.IndexFunc(repairBases, func(b repairBase) bool { return b.name == tt.base })]
+			rb := baseNamed(t, tt.base)
 			damage := repairDamages[slices.IndexFunc(repairDamages, func(d repairDamage) bool { return d.name == tt.damage })]
 			for seed := range uint64(8) {
 				im := rb.build(t)
@@ -533,7 +547,7 @@ func TestRepairFaults(t *testing.T) {
 
 // TestRepairLeaks lowers refcounts and touches nothing else; where that would not do, it refuses.
 func TestRepairLeaks(t *testing.T) {
-	im := repairBases[0].build(t)
+	im := baseNamed(t, "plain").build(t)
 	free := uint64(len(im.b)) &^ (im.g.clusterSize - 1)
 	im.b = append(im.b[:free], make([]byte, 2*im.g.clusterSize)...)
 	im.setRefcount(free, 3)

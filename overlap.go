@@ -115,15 +115,15 @@ const (
 
 // Bounds of memory, and what its pieces take, in bytes. What Go allocates is counted, not what was asked for.
 const (
-	overlapDefaultCache = 256_000  // 477 windows: 7.8 million clusters
-	overlapDefaultList  = 64 << 20 // some 30 million tables of one cluster
-	overlapGroupBytes   = 224      // an overlapGroup, without its words
-	overlapDenseBytes   = 768 + 48 // an overlapDense, without its words, and its place in the map
-	overlapSlotBytes    = 24       // an overlapSlot
-	overlapBitmapBytes  = 512      // an overlapBitmap
-	overlapEditBytes    = 2048     // what an overlapEdit keeps at most
-	overlapFilterMin    = 4 << 10  // bits of an overlapFilter
-	overlapFilterMax    = 1 << 20  // bits of an overlapFilter
+	overlapDefaultCache = 256_000     // 477 windows: 7.8 million clusters
+	overlapDefaultList  = 64 << 20    // some 30 million tables of one cluster
+	overlapGroupBytes   = 224         // an overlapGroup, without its words
+	overlapDenseBytes   = 768 + 48    // an overlapDense, without its words, and its place in the map
+	overlapSlotBytes    = 8 + 16 + 48 // an overlapSlot without its bitmap, what Go adds to its size, and its place
+	overlapBitmapBytes  = 512         // an overlapBitmap
+	overlapEditBytes    = 2048        // what an overlapEdit keeps at most
+	overlapFilterMin    = 4 << 10     // bits of an overlapFilter
+	overlapFilterMax    = 1 << 20     // bits of an overlapFilter
 )
 
 // overlapGroupWords is how many words (of 2 bytes) the windows of a group hold in one slice at most: 32 KiB,
@@ -166,11 +166,11 @@ type overlapLimits struct {
 // size remembers which clusters are, or that all are, and a query that meets a suspect cluster asks scan. So the
 // list becomes slower, and never weaker. A cluster stays suspect for good; that costs a scan, not an answer.
 type overlapList struct {
-	clusterBits uint          // immutable
-	seed        uint64        // odd; hashes, so that no image can be made for many collisions; immutable
-	slots       []overlapSlot // the cache; immutable, as a slice
-	limit       int64         // bytes for all but the cache and the filter; immutable
-	filterBytes int64         // bytes for the filter; a power of two; immutable
+	clusterBits uint                          // immutable
+	seed        uint64                        // odd; hashes, so that no image can be made for many collisions; immutable
+	slots       []atomic.Pointer[overlapSlot] // the cache, from the front; written under mu
+	limit       int64                         // bytes for all but the cache and the filter; immutable
+	filterBytes int64                         // bytes for the filter; a power of two; immutable
 
 	// scan finds metadata in the tables themselves: the kinds of the n clusters from cluster first on, and
 	// the first cluster that is of any. What it cannot read, it reports as overlapAllKinds. It is called by
@@ -209,7 +209,7 @@ func newOverlapList(clusterBits uint, o overlapLimits) *overlapList {
 	l := &overlapList{
 		clusterBits: clusterBits,
 		seed:        rand.Uint64() | 1,
-		slots:       make([]overlapSlot, slots),
+		slots:       make([]atomic.Pointer[overlapSlot], slots),
 		limit:       max(0, o.listBytes-filter-overlapEditBytes),
 		filterBytes: filter,
 	}
@@ -313,7 +313,7 @@ func (l *overlapList) freeInWindow(g *overlapGroup, first, last uint64) bool {
 		return state == overlapEmpty
 	}
 	// While the bitmap is exchanged seq is odd, and afterwards it is another.
-	s := &l.slots[state-overlapCached]
+	s := l.slots[state-overlapCached].Load()
 	seq := s.seq.Load()
 	if seq&1 != 0 || s.window.Load() != w {
 		return false
@@ -529,10 +529,10 @@ type overlapBitmap [1 << (overlapWindowBits - overlapBitBits - 6)]atomic.Uint64
 
 // overlapSlot is a place for a cached window.
 type overlapSlot struct {
-	seq    atomic.Uint32  // odd while another window takes the place; written under mu
-	used   atomic.Uint32  // 1 when a query came since the hand of the clock did
-	window atomic.Uint64  // index of the window; written under mu
-	bitmap *overlapBitmap // its bits; written under mu. The pointer is set before any state names the slot.
+	seq    atomic.Uint32 // odd while another window takes the place; written under mu
+	used   atomic.Uint32 // 1 when a query came since the hand of the clock did
+	window atomic.Uint64 // index of the window; written under mu
+	bitmap overlapBitmap // its bits; written under mu
 }
 
 // fill brings the bits of the clusters from first to last of the window, whose fragments are v, up to date. Each
@@ -563,7 +563,7 @@ func (s *overlapSlot) fill(v overlapWords, first, last uint32) {
 func (l *overlapList) missLocked(g *overlapGroup, w uint64) {
 	if l.taken < len(l.slots) {
 		l.taken++
-		l.slots[l.taken-1].bitmap = new(overlapBitmap)
+		l.slots[l.taken-1].Store(new(overlapSlot))
 		l.cacheLocked(l.taken-1, g, w)
 		return
 	}
@@ -579,11 +579,11 @@ func (l *overlapList) missLocked(g *overlapGroup, w uint64) {
 	// then any will do.
 	for range 2 * len(l.slots) {
 		l.hand = (l.hand + 1) % len(l.slots)
-		if l.slots[l.hand].used.Swap(0) == 0 {
+		if l.slots[l.hand].Load().used.Swap(0) == 0 {
 			break
 		}
 	}
-	old := l.slots[l.hand].window.Load()
+	old := l.slots[l.hand].Load().window.Load()
 	out := l.group(old / overlapGroupWindows)
 	if v := l.wordsLocked(out, old); len(v.short)+len(v.long) > 0 {
 		out.setState(old, overlapUncached)
@@ -595,7 +595,7 @@ func (l *overlapList) missLocked(g *overlapGroup, w uint64) {
 
 // cacheLocked makes slot i hold window w of g. Preconditions: mu; no state names the slot.
 func (l *overlapList) cacheLocked(i int, g *overlapGroup, w uint64) {
-	s := &l.slots[i]
+	s := l.slots[i].Load()
 	s.seq.Add(1)
 	s.window.Store(w)
 	s.fill(l.wordsLocked(g, w), 0, overlapWindowMask)

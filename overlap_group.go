@@ -216,7 +216,7 @@ func (l *overlapList) changeLocked(first, last uint64, add, del OverlapKinds) bo
 	}
 	switch state := g.state(w); {
 	case state >= overlapCached:
-		l.slots[state-overlapCached].fill(now, lo, hi)
+		l.slots[state-overlapCached].Load().fill(now, lo, hi)
 	case is:
 		g.setState(w, overlapUncached)
 	default:

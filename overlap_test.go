@@ -52,7 +52,7 @@ func verifyOverlapList(l *overlapList) error {
 				return fmt.Errorf("window %d: %d fragments in state %d", w, n, state)
 			case state >= overlapCached:
 				cached++
-				if err := verifyOverlapSlot(&l.slots[state-overlapCached], w, l.wordsLocked(g, w)); err != nil {
+				if err := verifyOverlapSlot(l.slots[state-overlapCached].Load(), w, l.wordsLocked(g, w)); err != nil {
 					return fmt.Errorf("window %d: %w", w, err)
 				}
 			}
@@ -695,7 +695,7 @@ func TestOverlapListSizes(t *testing.T) {
 	}{
 		{overlapGroup{}, overlapGroupBytes},
 		{overlapDense{}, overlapDenseBytes - 48},
-		{overlapSlot{}, overlapSlotBytes},
+		{overlapSlot{}, 16 + overlapBitmapBytes},
 		{overlapBitmap{}, overlapBitmapBytes},
 	} {
 		got := reflect.TypeOf(tt.v).Size()
@@ -899,7 +899,7 @@ func TestOverlapListStaleSlot(t *testing.T) {
 	l := newOverlapList(9, overlapLimits{})
 	l.enter(OverlapActiveL2, 5<<9, 1)
 	l.query(5<<9, 1, overlapAllKinds)
-	s := &l.slots[0]
+	s := l.slots[0].Load()
 	if !l.free(9, 9) {
 		t.Fatal("cluster 9 is not free")
 	}

@@ -350,9 +350,9 @@ func TestCheckConcurrent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rounds := 150
+	rounds := 40
 	if testing.Short() {
-		rounds = 30
+		rounds = 15
 	}
 	var wg sync.WaitGroup
 	var done atomic.Bool

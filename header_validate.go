@@ -28,11 +28,8 @@ func (h *header) validateForCheck(limits Limits) error {
 		h.checkSize,
 		h.checkCrypto,
 	}
-	limits = limits.withDefaults()
-	for _, rule := range rules {
-		if err := rule(limits); err != nil {
-			return err
-		}
+	for err := range violationsOf(rules[:], limits) {
+		return err
 	}
 	return nil
 }
@@ -40,7 +37,6 @@ func (h *header) validateForCheck(limits Limits) error {
 // violations yields every rule that the header breaks, in the order in which an opener must look at
 // them: features first, since an unknown one may change all that follows.
 func (h *header) violations(limits Limits) iter.Seq[*HeaderError] {
-	limits = limits.withDefaults()
 	rules := [...]func(Limits) *HeaderError{
 		h.checkFeatures,
 		h.checkCompression,
@@ -56,6 +52,12 @@ func (h *header) violations(limits Limits) iter.Seq[*HeaderError] {
 		h.checkBitmaps,
 		h.checkCrypto,
 	}
+	return violationsOf(rules[:], limits)
+}
+
+// violationsOf yields what the rules find, in their order.
+func violationsOf(rules []func(Limits) *HeaderError, limits Limits) iter.Seq[*HeaderError] {
+	limits = limits.withDefaults()
 	return func(yield func(*HeaderError) bool) {
 		for _, rule := range rules {
 			if err := rule(limits); err != nil && !yield(err) {

@@ -57,7 +57,7 @@ func (img *Image) setCopied(ctx context.Context, refs *refWords, size uint64) er
 	if err != nil {
 		return err
 	}
-	return img.editL1(func(w uint64) uint64 {
+	return img.editL1(func(_, w uint64) uint64 {
 		if off := w & offsetMask; off != 0 && one(off) {
 			w |= flagCopied
 		}
@@ -68,10 +68,10 @@ func (img *Image) setCopied(ctx context.Context, refs *refWords, size uint64) er
 // l1EditEntries is how many L1 entries editL1 writes at once.
 const l1EditEntries = 1 << 13
 
-// editL1 changes the COPIED flags of the active L1 table, in memory and on the host: f returns what becomes of an
-// entry. A flag is in memory only while the host has it, or may have it. Preconditions: nothing of the table is dirty; the
+// editL1 changes the COPIED flags of the active L1 table, in memory and on the host: f returns what becomes of
+// entry i, which is w. A flag is in memory only while the host has it, or may have it. Preconditions: nothing of the table is dirty; the
 // caller alone changes the image, and does not hold mu.
-func (img *Image) editL1(f func(w uint64) uint64) error {
+func (img *Image) editL1(f func(i, w uint64) uint64) error {
 	m := img.m
 	img.mu.Lock()
 	defer img.mu.Unlock()
@@ -80,7 +80,7 @@ func (img *Image) editL1(f func(w uint64) uint64) error {
 		var set []uint64 // entries that get the flag once it is written
 		changed := false
 		for i := first; i < first+n; i++ {
-			switch was, w := m.l1.load(i), f(m.l1.load(i)); {
+			switch was, w := m.l1.load(i), f(i, m.l1.load(i)); {
 			case was&^w != 0:
 				m.l1.store(i, w)
 				changed = true

@@ -395,15 +395,15 @@ func (a *allocator) adopt(p []byte, off uint64) {
 	}
 }
 
-// dropRefs drops the references of refs to clusters from the given one on, as free does: they are lowered with the
-// next write-backs. Precondition: mu.
-func (a *allocator) dropRefs(refs *refWords, from uint64) {
+// dropRefs drops the references of refs to clusters from one on and below another, as free does: they are lowered with
+// the next write-backs. Precondition: mu.
+func (a *allocator) dropRefs(refs *refWords, from, below uint64) {
 	for _, k := range refs.chunks() {
 		if (k+1)<<refChunkBits <= from {
 			continue
 		}
 		refs.each(k, func(ci uint64, _ *uint16) {
-			if ci < from {
+			if ci < from || ci >= below {
 				return
 			}
 			for range min(refs.count(ci), a.max) {

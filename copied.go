@@ -32,7 +32,18 @@ func (img *Image) clearCopied(ctx context.Context, tables []treeTable, size uint
 // read. Preconditions: as eachL2; the counts are durable.
 func (img *Image) setCopied(ctx context.Context, refs *refWords, size uint64) error {
 	m := img.m
-	one := func(off uint64) bool { return refs.load(off>>m.clusterBits)&refStoredOne != 0 }
+	chunk, chunkIndex := (*refChunk)(nil), ^uint64(0) // of the last look, if it is an array
+	one := func(off uint64) bool {
+		ci := off >> m.clusterBits
+		if ci>>refChunkBits != chunkIndex {
+			c := refs.chunk(ci >> refChunkBits)
+			if c == nil || c.words == nil {
+				return refs.load(ci)&refStoredOne != 0
+			}
+			chunk, chunkIndex = c, ci>>refChunkBits
+		}
+		return chunk.words[ci&(refChunkWords-1)]&refStoredOne != 0
+	}
 	var tables []treeTable
 	for _, c := range m.l1.all() {
 		for j := range c {

@@ -82,8 +82,14 @@ func sortTables(tables []treeTable) []treeTable {
 func (t *refTree) count(r *entryRules, tab treeTable, p []byte) error {
 	stride := 1 << r.l2EntryBits
 	var run clusterRun
-	for i := 0; i < len(p); i += stride {
+	next := uint64(0) // the entry that would continue the run with the same flags, which most do; 0: none
+	for i := 0; i+8 <= len(p); i += stride {
 		w := binary.BigEndian.Uint64(p[i:])
+		if w == next && w != 0 {
+			run.n++
+			next += r.clusterSize
+			continue
+		}
 		if w&flagCompressed != 0 {
 			t.refs.addRun(r.held(l2Entry{word: w}), tab.times)
 			continue
@@ -96,6 +102,7 @@ func (t *refTree) count(r *entryRules, tab treeTable, p []byte) error {
 			return &CorruptError{What: fmt.Sprintf("L2 entry %#x is not aligned to clusters", w), HostOff: int64(tab.off) + int64(i), GuestOff: noOffset}
 		}
 		ci := host >> r.clusterBits
+		next = w + r.clusterSize
 		if ci == run.first+run.n && run.n > 0 {
 			run.n++
 			continue
@@ -161,14 +168,19 @@ func (r *refWords) addRun(run clusterRun, times uint64) {
 		if c.words == nil && uint64(len(c.sparse))+n > refSparseMax {
 			c.spread()
 		}
-		for i := range n {
-			if c.words != nil {
-				if w := &c.words[lo+i]; uint64(*w&refCountMask)+times < refCountMask {
-					*w += uint16(times)
-					continue
+		if c.words == nil {
+			for i := range n {
+				r.add(run.first+i, times, 0, ^uint64(0))
+			}
+		} else {
+			words := c.words[lo : lo+n]
+			for i := range words {
+				if w := words[i] & refCountMask; times < refCountMask && uint64(w)+times < refCountMask {
+					words[i] += uint16(times)
+				} else {
+					r.add(run.first+uint64(i), times, 0, ^uint64(0))
 				}
 			}
-			r.add(run.first+i, times, 0, ^uint64(0))
 		}
 		run.first, run.n = run.first+n, run.n-n
 	}
@@ -440,12 +452,11 @@ func (b *bulkBlock) words() (words []uint16, sparse []sparseRef) {
 
 // alike reports whether each of the words counts one reference.
 func alike(words []uint16) bool {
+	odd := uint16(0)
 	for _, w := range words {
-		if w&refCountMask != 1 {
-			return false
-		}
+		odd |= w ^ 1
 	}
-	return true
+	return odd&refCountMask == 0
 }
 
 // survey is surveyRefs for one piece.

@@ -104,8 +104,12 @@ func (c *snapshotApplication) plan(ctx context.Context) error {
 	for k, chunk := range from.all() {
 		for j := range chunk {
 			i := k<<tableChunkBits + uint64(j)
-			if off := from.at(chunk, j) & offsetMask; i < entries && off != 0 {
-				c.l1.store(i, off)
+			e := from.at(chunk, j)
+			if !img.wb.test.keepCopied {
+				e &= offsetMask
+			}
+			if i < entries && e != 0 {
+				c.l1.store(i, e)
 			}
 		}
 	}

@@ -501,7 +501,8 @@ func runSnapshotCrash(w snapshotWorkload, seed uint64, test testHooks, budget cr
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := s.perform(); err != nil {
+	// Work on an image with a broken order may fail; what it has done by then is looked at all the same.
+	if err := s.perform(); err != nil && test == (testHooks{}) {
 		return nil, nil, fmt.Errorf("%w\n%s", err, s.history())
 	}
 	l := &snapshotLook{s: s, snaps: s.first, crashLook: &crashLook{crashRun: s.crashRun, oracle: newCrashOracle(s.guest, true)}}

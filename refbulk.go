@@ -17,7 +17,7 @@ import (
 //	surveyRefs    looks whether every refcount can take the change; nothing is written
 //	applyRefs     reads, changes and writes the refcount blocks
 //
-// The allocator has nothing dirty then, and holds none of the blocks afterwards.
+// The allocator holds none of the blocks afterwards, but for what could not be written.
 
 // refTree is the references of an L1 table: to its L2 tables, and from those to clusters.
 type refTree struct {
@@ -237,6 +237,10 @@ func (r *refWords) each(k uint64, f func(ci uint64, w *uint16)) {
 	}
 }
 
+// refStoredNone marks a cluster whose refcount is zero, in a refWord of an operation on a tree. A check has another use
+// for the bit.
+const refStoredNone = refPlain
+
 // bulkChange is what is done to a refcount for each reference.
 type bulkChange int
 
@@ -308,7 +312,8 @@ func (r *refWords) firstIn(first, n uint64) uint64 {
 }
 
 // surveyRefs looks whether every refcount can take the change for each of the references in refs. It marks the
-// clusters whose refcount is, before a raise or after a lowering, exactly one (refStoredOne). Nothing is written.
+// clusters whose refcount is, before a raise or after a lowering, exactly one (refStoredOne) or zero (refStoredNone).
+// Nothing is written.
 //
 // Errors: ErrTooLarge for a refcount that is too narrow, *CorruptError for one that is below the number of
 // references, that of the context, and those of the host. Precondition: mu.
@@ -325,8 +330,8 @@ func (a *allocator) surveyRefs(ctx context.Context, refs *refWords, change bulkC
 		}
 		for _, piece := range pieces {
 			p := (*buf)[:piece.bytes(a.g.refcountOrder)]
-			if err := a.h.readFull(p, piece.off); err != nil {
-				return fmt.Errorf("refcount block: %w", err)
+			if err := a.readPiece(p, piece.off); err != nil {
+				return err
 			}
 			b := bulkBlock{a: a, refs: refs, change: change, piece: piece, p: p}
 			if err := b.survey(); err != nil {
@@ -338,8 +343,7 @@ func (a *allocator) surveyRefs(ctx context.Context, refs *refWords, change bulkC
 }
 
 // applyRefs makes the change for each of the references in refs to clusters below the given one, and returns the
-// first cluster for which it is not made. Preconditions: mu, surveyRefs found no fault, and nothing is dirty, but for
-// what an earlier call adopted and this one does not reach.
+// first cluster for which it is not made. Preconditions: mu, and surveyRefs found no fault.
 //
 // Where a write fails, nobody knows what the host holds. So the allocator keeps the piece as dirty, to be written
 // again by the next write-back (I6): a raise as it was before, and ends with the error; a lowering as it is now, and
@@ -366,8 +370,8 @@ func (a *allocator) applyRefs(refs *refWords, change bulkChange, below uint64) (
 				break
 			}
 			p := (*buf)[:piece.bytes(a.g.refcountOrder)]
-			if err := a.h.readFull(p, piece.off); err != nil {
-				return piece.first, errors.Join(append(errs, fmt.Errorf("refcount block: %w", err))...)
+			if err := a.readPiece(p, piece.off); err != nil {
+				return piece.first, errors.Join(append(errs, err)...)
 			}
 			b := bulkBlock{a: a, refs: refs, change: change, piece: piece, p: p, below: below}
 			if err := b.apply(); err != nil {
@@ -388,10 +392,29 @@ func (a *allocator) applyRefs(refs *refWords, change bulkChange, below uint64) (
 				}
 				continue
 			}
+			for off := range a.slices {
+				if off-piece.off < uint64(len(p)) {
+					delete(a.slices, off)
+				}
+			}
 			b.release()
 		}
 	}
 	return below, errors.Join(errs...)
+}
+
+// readPiece fills p, parts of refcount blocks that stand at host offset off, with what the host holds and, where the
+// allocator has something to write there, with that.
+func (a *allocator) readPiece(p []byte, off uint64) error {
+	if err := a.h.readFull(p, off); err != nil {
+		return fmt.Errorf("refcount block: %w", err)
+	}
+	for at, s := range a.slices {
+		if s.dirty && at-off < uint64(len(p)) {
+			copy(p[at-off:], s.data)
+		}
+	}
+	return nil
 }
 
 // maxAdopted is how many pieces of refcount blocks are kept in memory for failed writes of one operation.
@@ -510,8 +533,14 @@ func (b *bulkBlock) surveyOne(i uint64, w *uint16) error {
 	if b.change == bulkRaise && n > b.a.max-v {
 		return fmt.Errorf("%w: refcount of the cluster at host %#x would exceed %d", ErrTooLarge, ci<<b.a.g.clusterBits, b.a.max)
 	}
-	*w &^= refStoredOne
-	if b.change == bulkRaise && v == 1 || b.change == bulkLower && v-n == 1 {
+	if b.change == bulkLower {
+		v -= n
+	}
+	*w &^= refStoredOne | refStoredNone
+	switch v {
+	case 0:
+		*w |= refStoredNone
+	case 1:
 		*w |= refStoredOne
 	}
 	return nil

@@ -228,7 +228,7 @@ func (c *snapshotApplication) undo(err error) error {
 	}
 	img.mu.Lock()
 	lerr := m.alloc.lowerAgain(c.more, c.raised)
-	lerr = errors.Join(lerr, c.unlistTables(c.tree.tables))
+	c.unlistTables(c.tree.tables, nil)
 	img.mu.Unlock()
 	c.giveBack()
 	if lerr == nil {

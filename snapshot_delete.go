@@ -180,9 +180,7 @@ func (w *snapshotWork) lower(tree *refTree, copied bool) error {
 		a.dropRefs(tree.refs, done, math.MaxUint64)
 		err = errors.Join(err, a.writeBack())
 	}
-	if err == nil {
-		err = w.unlistTables(tree.tables)
-	}
+	w.unlistTables(tree.tables, tree.refs)
 	img.mu.Unlock()
 	if err != nil {
 		return err
@@ -197,35 +195,29 @@ func (w *snapshotWork) lower(tree *refTree, copied bool) error {
 	return errors.Join(err, img.forgetSlices())
 }
 
-// unlistTables takes L2 tables out of the overlap list, as active or inactive ones, where nothing refers to them as
-// such any more: what the active L1 table does not name is none of its, and what nobody else counts is nobody else's.
-// Precondition: mu.
-func (w *snapshotWork) unlistTables(tables []treeTable) error {
+// unlistTables takes L2 tables of a tree out of the overlap list, as active ones where the active L1 table does not name
+// them; and as inactive ones where nothing else counts them once the tree is gone, as refs was surveyed to say; nil: none
+// of them goes. What is still to be lowered is not asked. Precondition: mu.
+func (w *snapshotWork) unlistTables(tables []treeTable, refs *refWords) {
 	img, m := w.img, w.img.m
-	active := make(map[uint64]uint64, len(tables))
-	for _, t := range tables {
-		active[t.off] = 0
-	}
+	active := make(map[uint64]struct{}, len(tables))
 	for _, c := range m.l1.all() {
 		for j := range c {
-			off := m.l1.at(c, j) & offsetMask
-			if n, ok := active[off]; ok {
-				active[off] = n + 1
+			if off := m.l1.at(c, j) & offsetMask; off != 0 {
+				active[off] = struct{}{}
 			}
 		}
 	}
 	for _, t := range tables {
-		count, err := m.alloc.refcount(t.off >> m.clusterBits)
-		if err != nil {
-			return err
-		}
-		n := active[t.off]
-		if n == 0 {
+		_, is := active[t.off]
+		if !is {
 			img.host.leave(OverlapActiveL2, t.off, m.clusterSize)
 		}
-		if count <= n {
+		if refs == nil {
+			continue
+		}
+		if left := refs.load(t.off >> m.clusterBits); left&refStoredNone != 0 || left&refStoredOne != 0 && is {
 			img.host.leave(OverlapInactiveL2, t.off, m.clusterSize)
 		}
 	}
-	return nil
 }

@@ -76,13 +76,13 @@ func expectContent(t testing.TB, d Disk, want []byte) {
 // TestSnapshotLife creates, reads, applies, renames and deletes snapshots of one image.
 func TestSnapshotLife(t *testing.T) {
 	ctx := context.Background()
-	fill := func(b byte) []byte { return bytes.Repeat([]byte{b}, 256<<10) }
+	fill := func(b byte) []byte { return bytes.Repeat([]byte{b}, 64<<10) }
 	for _, o := range []CreateOptions{
 		{}, {Version: 2}, {ClusterSize: 512, RefcountBits: 32}, {ClusterSize: 1024, RefcountBits: 64}, {ClusterSize: 16 << 10, ExtendedL2: true},
 		{ClusterSize: 2 << 20, RefcountBits: 2}, {ClusterSize: 4096, LazyRefcounts: true, RefcountBits: 8},
 	} {
 		t.Run(fmt.Sprintf("cluster=%d,bits=%d,version=%d", o.ClusterSize, o.RefcountBits, o.Version), func(t *testing.T) {
-			img, s := newSnapshotImage(t, 256<<10, fill(1), &o)
+			img, s := newSnapshotImage(t, 64<<10, fill(1), &o)
 			if err := img.WriteCompressed(fill(1), 0); err != nil {
 				t.Fatal(err)
 			}
@@ -91,10 +91,10 @@ func TestSnapshotLife(t *testing.T) {
 				t.Fatal(err)
 			}
 			createSnapshot(t, img, "two")
-			if _, err := img.WriteAt(fill(3)[:100_000], 0); err != nil {
+			if _, err := img.WriteAt(fill(3)[:30_000], 0); err != nil {
 				t.Fatal(err)
 			}
-			mixed := append(fill(3)[:100_000], fill(2)[100_000:]...)
+			mixed := append(fill(3)[:30_000], fill(2)[30_000:]...)
 			expectContent(t, img, mixed)
 			for name, want := range map[string][]byte{"one": fill(1), "two": fill(2)} {
 				d, err := img.OpenSnapshot(SnapshotRef{Name: name})
@@ -116,7 +116,7 @@ func TestSnapshotLife(t *testing.T) {
 			if err := img.DeleteSnapshot(ctx, SnapshotRef{ID: "2"}); err != nil {
 				t.Fatal(err)
 			}
-			want := []Snapshot{{ID: "1", Name: "first", DiskSize: 256 << 10, Date: unixEpoch}}
+			want := []Snapshot{{ID: "1", Name: "first", DiskSize: 64 << 10, Date: unixEpoch}}
 			if diff := cmp.Diff(want, img.Snapshots(), cmpopts.EquateApproxTime(0)); diff != "" {
 				t.Errorf("snapshots (-want +got):\n%s", diff)
 			}
@@ -347,7 +347,7 @@ func TestSnapshotState(t *testing.T) {
 	for _, o := range []CreateOptions{{ClusterSize: 512}, {ClusterSize: 64 << 10}, {ClusterSize: 16 << 10, ExtendedL2: true}, {Version: 2, ClusterSize: 4096}} {
 		img, s := newSnapshotImage(t, 1<<20, bytes.Repeat([]byte{1}, 100_000), &o)
 		want := make(map[string][]byte)
-		for i, n := range []int{1, 511, 5000, 64 << 10, 3<<20 + 17} {
+		for i, n := range []int{1, 511, 5000, 64 << 10, 1<<20 + 17} {
 			state := make([]byte, n)
 			content(state, uint64(8*i+3))
 			c, err := img.CreateSnapshot(ctx, &SnapshotOptions{VMState: bytes.NewReader(state), VMStateSize: int64(n)})

@@ -115,7 +115,7 @@ func (img *Image) checkList(list []snapshot) error {
 	if n > int64(img.limits.Snapshots) {
 		return &LimitError{Limit: "Snapshots", Value: n, Max: int64(img.limits.Snapshots)}
 	}
-	size := int64(len(encodeSnapshots(list, 0)))
+	size := int64(snapshotTableSize(list))
 	if size > maxSnapshotBytes {
 		return fmt.Errorf("%w: a snapshot table of %d bytes, at most %d", ErrTooLarge, size, maxSnapshotBytes)
 	}
@@ -123,6 +123,17 @@ func (img *Image) checkList(list []snapshot) error {
 		return &LimitError{Limit: "MetadataBytes", Value: size, Max: img.limits.MetadataBytes}
 	}
 	return nil
+}
+
+// snapshotTableSize returns the length in bytes of the snapshot table that lists list.
+func snapshotTableSize(list []snapshot) uint64 {
+	n := 0
+	for i := range list {
+		s := &list[i]
+		n = (n + 7) &^ 7
+		n += minSnapshotEntry + max(len(s.extra), snapExtraDiskSize+8) + len(s.id) + len(s.name)
+	}
+	return uint64(n)
 }
 
 // encodeSnapshots returns the snapshot table that lists list, for host offset off, and notes the places of the
@@ -146,7 +157,7 @@ func (w *snapshotWork) placeTable(list []snapshot) error {
 		return nil
 	}
 	m := w.img.m
-	n := m.clusters(uint64(len(encodeSnapshots(list, 0))))
+	n := m.clusters(snapshotTableSize(list))
 	r, err := w.take(n, OverlapSnapshotTable)
 	if err != nil {
 		return fmt.Errorf("new snapshot table: %w", err)

@@ -32,6 +32,12 @@ func longFragment(high, low uint16) overlapFragment {
 	return overlapFragment{first: v >> 18, n: v>>10&0xff + 1, kinds: OverlapKinds(v) & overlapAllKinds}
 }
 
+// longWords encodes a long fragment.
+func (f overlapFragment) longWords() (high, low uint16) {
+	v := f.first<<18 | (f.n-1)<<10 | uint32(f.kinds)
+	return uint16(v >> 16), uint16(v)
+}
+
 // overlapWords are the fragments of one window: the short ones, one word each, and the long ones, two words each,
 // both sorted.
 type overlapWords struct{ short, long []uint16 }
@@ -122,11 +128,10 @@ func (e *overlapEdit) put(first, last uint32, kinds OverlapKinds) {
 	if kinds == 0 {
 		return
 	}
-	const block = 1<<overlapBlockBits - 1
 	for first <= last {
-		end := min(last, first|block)
+		end := min(last, first|overlapBlockMask)
 		p := &e.pending
-		if p.n > 0 && p.first+p.n == first && p.kinds == kinds && first&block != 0 {
+		if p.n > 0 && p.first+p.n == first && p.kinds == kinds && first&overlapBlockMask != 0 {
 			p.n += end + 1 - first
 		} else {
 			e.flush()
@@ -151,8 +156,8 @@ func (e *overlapEdit) flush() {
 			}
 		}
 	}
-	v := f.first<<18 | (f.n-1)<<10 | uint32(f.kinds)
-	e.long = append(e.long, uint16(v>>16), uint16(v))
+	high, low := f.longWords()
+	e.long = append(e.long, high, low)
 }
 
 // changeLocked adds the kinds add to the clusters from first to last, which are of one window, and takes the kinds
@@ -167,17 +172,8 @@ func (l *overlapList) changeLocked(first, last uint64, add, del OverlapKinds) bo
 		}
 	}
 
-	// What is replaced are the fragments that touch the clusters, and those beside them in their blocks, which
-	// may have to be joined to them.
-	const block = 1<<overlapBlockBits - 1
 	lo, hi := uint32(first&overlapWindowMask), uint32(last&overlapWindowMask)
-	from, to := lo, hi
-	if from&block != 0 {
-		from--
-	}
-	if to&block != block {
-		to++
-	}
+	from, to := overlapReplaced(lo, hi)
 	v := l.wordsLocked(g, w)
 	it := v.iterate(from, to)
 	short, long := it.short, it.long
@@ -216,13 +212,25 @@ func (l *overlapList) changeLocked(first, last uint64, add, del OverlapKinds) bo
 	}
 	switch state := g.state(w); {
 	case state >= overlapCached:
-		l.slots[state-overlapCached].Load().fill(now, lo, hi)
+		l.slots[state-overlapCached].words.fill(now, lo, hi)
 	case is:
 		g.setState(w, overlapUncached)
 	default:
 		g.setState(w, overlapEmpty)
 	}
 	return true
+}
+
+// overlapReplaced widens a range of clusters of a window to all whose fragments change with it: those beside the
+// range in its blocks may have to be joined to it.
+func overlapReplaced(first, last uint32) (from, to uint32) {
+	if first&overlapBlockMask != 0 {
+		first--
+	}
+	if last&overlapBlockMask != overlapBlockMask {
+		last++
+	}
+	return first, last
 }
 
 // Where overlapGroup.states sends a query about a window.

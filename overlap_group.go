@@ -164,6 +164,9 @@ func (e *overlapEdit) flush() {
 // del away. It reports false, and has changed nothing, if that needs more memory than there is. Preconditions: mu; if
 // kinds are taken away, the group exists.
 func (l *overlapList) changeLocked(first, last uint64, add, del OverlapKinds) bool {
+	if first == last && del == 0 && l.insertLocked(first, add) {
+		return true
+	}
 	w := first >> overlapWindowBits
 	g := l.group(w / overlapGroupWindows)
 	if g == nil {
@@ -231,6 +234,58 @@ func overlapReplaced(first, last uint32) (from, to uint32) {
 		last++
 	}
 	return first, last
+}
+
+// insertLocked is changeLocked for what nearly every change is: a new table of one cluster, which is a short fragment
+// more, or makes the long one that ends before it longer. It reports false, and has changed nothing, where that is
+// not so, or needs a group or more memory than there is. Precondition: mu.
+func (l *overlapList) insertLocked(c uint64, kinds OverlapKinds) bool {
+	w := c >> overlapWindowBits
+	g := l.group(w / overlapGroupWindows)
+	kind := slices.Index(overlapShortKinds[:], kinds)
+	if g == nil || kind < 0 {
+		return false
+	}
+	at := uint32(c & overlapWindowMask)
+	from, to := overlapReplaced(at, at)
+	v := l.wordsLocked(g, w)
+	short, long := v.searchShort(from), v.searchLong(from)
+	if short < len(v.short) && uint32(v.short[short]>>2) <= to {
+		return false
+	}
+	var before overlapFragment
+	if long < len(v.long) {
+		if f := longFragment(v.long[long], v.long[long+1]); f.first <= to {
+			before = f
+		}
+	}
+	switch {
+	case before.n == 0:
+		word := uint16(at<<2) | uint16(kind)
+		l.edit.short = append(l.edit.short, word)
+		ok := l.spliceLocked(g, w, short, short, long, long)
+		l.edit.reset()
+		if !ok {
+			return false
+		}
+		l.fragments++
+		if len(v.short)+len(v.long) == 0 {
+			l.windows++
+		}
+	case before.first+before.n == at && before.kinds == kinds &&
+		(long+2 == len(v.long) || longFragment(v.long[long+2], v.long[long+3]).first > to):
+		before.n++
+		v.long[long], v.long[long+1] = before.longWords()
+	default:
+		return false
+	}
+	switch state := g.state(w); {
+	case state >= overlapCached:
+		l.slots[state-overlapCached].words.fill(l.wordsLocked(g, w), at, at)
+	case state == overlapEmpty:
+		g.setState(w, overlapUncached)
+	}
+	return true
 }
 
 // Where overlapGroup.states sends a query about a window.

@@ -330,7 +330,7 @@ func (img *Image) checkLive(ctx context.Context, o *CheckOptions) (*CheckResult,
 	if n := len(img.wb.limbo); n > 0 {
 		img.reqs.waitPast(img.wb.limbo[n-1].epoch)
 	}
-	if err := errors.Join(img.releaseLimbo(), img.m.alloc.writeBack()); err != nil {
+	if err := errors.Join(img.settle(), img.m.alloc.writeBack()); err != nil {
 		return nil, err
 	}
 	res, changed, err := checkFile(ctx, img.host, img.hdr, o)

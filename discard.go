@@ -63,7 +63,7 @@ func rangeError(op string, off, n int64, err error) error {
 type zeroing struct {
 	discard bool   // what the mapping cannot do stays, rather than being written
 	unmap   bool   // host clusters are freed
-	below   uint64 // guest offset from where on nothing lies below the image
+	below   uint64 // guest offset from where on nothing lies below the image; of the slice at hand
 
 	entries, changed []l2Entry // of one slice; used again for the next
 }
@@ -72,7 +72,6 @@ type zeroing struct {
 func (img *Image) zeroGuest(op string, off, n int64, z zeroing) error {
 	err := img.checkRange(off, n)
 	if err == nil && n > 0 {
-		z.below = img.endBelow()
 		err = img.zeroRange(&z, uint64(off), uint64(off)+uint64(n))
 	}
 	if err == nil {
@@ -89,8 +88,11 @@ func (img *Image) checkRange(off, n int64) error {
 	if err := img.writable(); err != nil {
 		return err
 	}
-	if off < 0 || n < 0 || uint64(off) > img.size || uint64(n) > img.size-uint64(off) {
-		return fmt.Errorf("%w of %d bytes", ErrRange, img.size)
+	if off < 0 || n < 0 {
+		return ErrRange
+	}
+	if err := img.within(uint64(off), uint64(n)); err != nil {
+		return err
 	}
 	if !img.started.Load() {
 		return img.start()
@@ -99,7 +101,7 @@ func (img *Image) checkRange(off, n int64) error {
 }
 
 // endBelow returns the guest offset from where on unallocated clusters read as zeros, because nothing lies below
-// them.
+// them. The caller is registered.
 func (img *Image) endBelow() uint64 {
 	switch {
 	case img.below.missing != nil:
@@ -118,14 +120,7 @@ const maxFreedRuns = 1 << 17
 func (img *Image) zeroRange(z *zeroing, lo, hi uint64) error {
 	m := img.m
 	perSlice := uint64(1) << (m.sliceBits - m.l2EntryBits + m.clusterBits)
-	perTable := uint64(1) << (m.l2Bits + m.clusterBits)
-	for pos := lo; pos < hi; {
-		if m.l1.load(m.l1Index(pos)) == 0 && pos >= z.below {
-			// Nothing up to the end of this table's reach, which reads as zeros. A write that is about to make
-			// the table has not returned: this call comes before it.
-			pos = min(hi, pos&^(perTable-1)+perTable)
-			continue
-		}
+	for pos := img.skipUnmapped(lo, hi); pos < hi; pos = img.skipUnmapped(pos, hi) {
 		end := min(hi, pos&^(perSlice-1)+perSlice)
 		seen := m.alloc.released.Load()
 		rest, err := img.zeroSlice(z, pos, end)
@@ -148,6 +143,20 @@ func (img *Image) zeroRange(z *zeroing, lo, hi uint64) error {
 		}
 	}
 	return nil
+}
+
+// skipUnmapped returns the first guest offset from pos on, hi at the most, that an L2 table maps or below which
+// something lies. What it skips reads as zeros. A write that is about to map it has not returned, so the caller's
+// work comes before it.
+func (img *Image) skipUnmapped(pos, hi uint64) uint64 {
+	m := img.m
+	defer img.reqs.leave(img.reqs.enter())
+	perTable := uint64(1) << (m.l2Bits + m.clusterBits)
+	below := img.endBelow()
+	for pos < hi && pos >= below && m.l1.load(m.l1Index(pos)) == 0 {
+		pos = min(hi, pos&^(perTable-1)+perTable)
+	}
+	return pos
 }
 
 // relieveRuns writes back if dropped clusters take much memory.
@@ -186,9 +195,10 @@ func (img *Image) zeroSlice(z *zeroing, lo, hi uint64) (rest []guestPart, err er
 	img.reqs.lock(&held)
 	defer img.reqs.unlock(&held)
 	defer img.reqs.leave(img.reqs.enter()) // tables are read
-	if err := img.writable(); err != nil {
+	if err := img.writableAt(lo, hi-lo); err != nil {
 		return nil, err
 	}
+	z.below = img.endBelow()
 	k := int(held.last - held.first + 1)
 	if cap(z.entries) < k {
 		z.entries, z.changed = make([]l2Entry, k), make([]l2Entry, k)
@@ -239,7 +249,7 @@ func (img *Image) zeroSpan(j int, lo, hi uint64) (from, to uint64) {
 	m := img.m
 	at := m.clusterStart(lo) + uint64(j)<<m.clusterBits
 	from, to = max(lo, at)-at, min(hi-at, m.clusterSize)
-	if hi == img.size {
+	if hi == img.size.Load() {
 		to = m.clusterSize
 	}
 	return from, to
@@ -409,11 +419,11 @@ func (img *Image) eachShown(z *zeroing, start uint64, owned bool, f func(guestOf
 func (img *Image) clearRaw(z *zeroing, start uint64) error {
 	hole := z.unmap && img.discard != DiscardNever
 	return img.eachShown(z, start, false, func(guestOff, hostOff, n uint64) error {
-		if guestOff >= img.size {
+		if guestOff >= img.size.Load() {
 			return nil
 		}
 		// A data file ends where the disk ends.
-		return img.data.clear(int64(guestOff), hostOff, min(n, img.size-guestOff), hole)
+		return img.data.clear(int64(guestOff), hostOff, min(n, img.size.Load()-guestOff), hole)
 	})
 }
 
@@ -426,10 +436,10 @@ func (img *Image) punchKept(z *zeroing, start uint64) error {
 	}
 	return img.eachShown(z, start, true, func(guestOff, hostOff, n uint64) error {
 		if m.external {
-			if guestOff >= img.size {
+			if guestOff >= img.size.Load() {
 				return nil
 			}
-			n = min(n, img.size-guestOff)
+			n = min(n, img.size.Load()-guestOff)
 		}
 		return img.data.punch(0, int64(guestOff), hostOff, n)
 	})
@@ -445,7 +455,7 @@ func (img *Image) writeZeros(g guestPart) error {
 		clear(*buf)
 		zeros = *buf
 	}
-	for end := min(g.off+g.n, img.size); g.off < end; {
+	for end := min(g.off+g.n, img.size.Load()); g.off < end; {
 		n := min(end-g.off, chunk-g.off&(chunk-1))
 		zero, err := img.readsZero(guestPart{g.off, n})
 		if err != nil {

@@ -89,6 +89,24 @@ func (img *Image) flush() error {
 	return w.err
 }
 
+// hold waits for a running cut and keeps others from running until letGo. Cuts that are asked for meanwhile wait.
+func (w *writeback) hold() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.running {
+		w.cond.Wait()
+	}
+	w.running = true
+}
+
+// letGo ends hold.
+func (w *writeback) letGo() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.running = false
+	w.cond.Broadcast()
+}
+
 // stop waits for a running cut and keeps new ones from beginning: the storage is about to be released.
 func (w *writeback) stop() {
 	w.mu.Lock()
@@ -356,7 +374,7 @@ const punchBatch = 1024
 //   - the host punches it, while its refcount in memory, and so on disk, is still one: the allocator gives it to
 //     nobody, so that no later write can meet the punch. Nobody else refers to it, nor comes to do so: pack is the
 //     only one who adds a reference to a cluster in use while guests write, and does not to this one any more;
-//     whoever counts references anew waits for punching to end (settle);
+//     whoever counts references anew waits for punching to end (releaseAll);
 //   - it is released. Nobody takes it for zeros: of a punch that was not synced a crash may lose any part.
 //
 // A punch is a wish. Where the host cannot do it, or fails, the cluster is released all the same. One that would
@@ -421,9 +439,9 @@ func (img *Image) punchRuns(runs []freedRun) error {
 	return nil
 }
 
-// settle is punchDropped, and waits for others who do the same: then nothing whose drop is durable, and that no
+// releaseAll is punchDropped, and waits for others who do the same: then nothing whose drop is durable, and that no
 // request uses, is left to be released. The metadata lock is held, and let go meanwhile.
-func (img *Image) settle() error {
+func (img *Image) releaseAll() error {
 	err := img.punchDropped()
 	for img.wb.punching > 0 {
 		img.wb.punched.Wait()
@@ -485,7 +503,7 @@ func (img *Image) reclaim(seen uint64) bool {
 		m.mu.Unlock()
 		img.reqs.waitPast(last)
 		m.mu.Lock()
-		_ = img.settle() // what could not be released is not counted
+		_ = img.releaseAll() // what could not be released is not counted
 		m.mu.Unlock()
 	}
 	return m.alloc.released.Load() != seen

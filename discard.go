@@ -337,7 +337,7 @@ func (img *Image) dropUnmapped(entries, changed []l2Entry, start uint64) {
 	m := img.m
 	_ = img.eachDropped(entries, changed, func(_ int, r clusterRun) error {
 		if img.wb.test.punchEarly {
-			_ = img.host.punch(0, noOffset, r.first<<m.clusterBits, r.n<<m.clusterBits)
+			img.punchSole(r)
 		}
 		m.alloc.freeFor(dropDiscard, r)
 		return nil
@@ -345,6 +345,15 @@ func (img *Image) dropUnmapped(entries, changed []l2Entry, start uint64) {
 	for j, e := range entries {
 		if e.word&flagCompressed != 0 && changed[j] != e {
 			img.decoded.drop(start>>m.clusterBits + uint64(j))
+		}
+	}
+}
+
+// punchSole punches the clusters of r that have no other reference, as the crash tests have it: too early.
+func (img *Image) punchSole(r clusterRun) {
+	for ci := r.first; ci < r.first+r.n; ci++ {
+		if v, err := img.m.alloc.refcount(ci); err == nil && v == 1 {
+			_ = img.host.punch(0, noOffset, ci<<img.m.clusterBits, img.m.clusterSize)
 		}
 	}
 }

@@ -388,6 +388,9 @@ func generateOps(c workloadConfig, seed uint64, n int) []op {
 // op returns the next operation.
 func (g *generator) op() op {
 	if g.rng.IntN(8) == 0 {
+		if g.rng.IntN(10) == 0 {
+			return op{kind: opSync} // as often as among the others
+		}
 		return g.zeroing()
 	}
 	packed := 34 // percent of WriteCompressed; they turn mapped clusters into such as must be replaced

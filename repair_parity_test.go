@@ -201,10 +201,10 @@ func (c *checker) tables() map[uint64]int {
 	return in
 }
 
-// shared reports whether what leads to the cluster of guest offset guest in the disk with the L1 table at l1Off
+// twice reports whether what leads to the cluster of guest offset guest in the disk with the L1 table at l1Off
 // is also something else, or the cluster is a table: then it is the table that was read, and a repair mends it.
 // In version 2, the walker reads zeros where a zero flag is, which no reader may accept.
-func (c *checker) shared(in map[uint64]int, l1Off, guest uint64) bool {
+func (c *checker) twice(in map[uint64]int, l1Off, guest uint64) bool {
 	word := func(off uint64) uint64 {
 		var p [16]byte
 		c.h.readFull(p[:], off)
@@ -245,7 +245,7 @@ func (img *poolImage) lost(t testing.TB, f *pagedFile, before, now contents) (lo
 			q, ok := now[off]
 			switch {
 			case bytes.Equal(p, q):
-			case c.shared(in, l1Off, uint64(off)):
+			case c.twice(in, l1Off, uint64(off)):
 				left++
 			case lost == "":
 				lost = fmt.Sprintf("%s: the cluster of guest %#x could be read before, and reads other content now (readable %v)", what, off, ok)

@@ -22,7 +22,12 @@ const maxPartBytes = 256 << 20
 // table is to be mended to afterwards: that happens to the copy, and does no harm to what else was in the cluster.
 // Of two that share a cluster every table moves, as neither tells which of them is the stranger there; guest data,
 // the header and the crypto header stay. Refcount tables and blocks move in a rebuild, and bitmaps are
-// dropped, since a bitmap that somebody else may have written over says nothing.
+// dropped if they still share a cluster then, since a bitmap that somebody else may have written over says nothing.
+//
+// With an external data file the place of a cluster is its guest offset, so that a table that two L1 entries name can be
+// right for one of them. Each gets its own copy, rather than the second none: an entry that was right for its place is
+// right in one of the copies, and what needs no place (zeros, nothing) reads as it did for both. The others are mended
+// to their own places in step 4, as those of any table are.
 //
 // The copies are counted before the refcounts are raised, so that they have a refcount on disk before anything names
 // them (I1). What the entries of a copied L2 table refer to is counted once for each L1 entry that names the table:
@@ -33,7 +38,8 @@ const maxPartBytes = 256 << 20
 //	    active one, in one write                   and both have their refcounts
 //	3   snapshot table entries switch to theirs,   each before or after                         sync
 //	    in the new snapshot table if there is one
-//	3b  the copies of L2 tables written            nobody names them                            sync
+//	3b  the copies of L2 tables, and of guest      nobody names them                            sync
+//	    clusters (dataPart), written
 //	    L1 entries switch to them, one by one      each before or after; old table and copies   sync
 //	                                               have refcounts for all that name them
 //

@@ -17,8 +17,9 @@ import (
 //	   refcount blocks where some are missing (written, sync, hooked up, sync), or,
 //	   where the table or a block cannot be used, in a new table with new blocks beside
 //	   the old ones (written, sync, one header write, sync)
-//	3  snapshot table entries                                                            sync
+//	3  what shares a cluster is parted: see parting; snapshot table entries              sync
 //	4  table entries that the format forbids                                             sync
+//	   bitmaps that still share a cluster dropped, entries of their tables               sync
 //	5  refcounts lowered to the references that are left                                 sync
 //	6  COPIED on where there is exactly one reference                                    sync
 //	7  if nothing is left: the dirty bit off, sync, the corrupt bit off                  sync
@@ -30,8 +31,9 @@ import (
 // are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
 // cluster whose count of one is durable (I7). The bits that keep writers out go last.
 //
-// An entry in a cluster of another table is left alone. If that was an old refcount table or block, the entry is
-// mended after the new ones took over, COPIED included: until then it is as wrong as it was.
+// What is in a cluster that is something else too is left alone until it has a copy of its own, COPIED included: until
+// then it is as wrong as it was. In an image with such clusters, steps 2 to 6 are made again until they have nothing to
+// write: a second repair has nothing to write either, whatever is left.
 type repairer struct {
 	ctx   context.Context
 	host  *hostFile

@@ -442,10 +442,39 @@ func (a *allocator) dropRefs(refs *refWords, from, below uint64) {
 				return
 			}
 			for range min(refs.count(ci), a.max) {
-				a.free(clusterRun{first: ci, n: 1})
+				a.freeFor(dropSnapshot, clusterRun{first: ci, n: 1})
 			}
 		})
 	}
+}
+
+// eachGone calls f with the runs of clusters below the given one whose refcount is zero after the lowering that refs was
+// surveyed for, in order, until f returns an error.
+func (r *refWords) eachGone(below uint64, f func(run clusterRun) error) error {
+	var run clusterRun
+	for _, k := range r.chunks() {
+		var err error
+		r.each(k, func(ci uint64, w *uint16) {
+			if *w&refStoredNone == 0 || ci >= below || err != nil {
+				return
+			}
+			if ci != run.first+run.n && run.n > 0 {
+				err = f(run)
+				run.n = 0
+			}
+			if run.n == 0 {
+				run.first = ci
+			}
+			run.n++
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if run.n == 0 {
+		return nil
+	}
+	return f(run)
 }
 
 // bulkBlock is a piece of refcount blocks that is looked at or changed.

@@ -170,7 +170,8 @@ func (img *Image) readSnapshotL1(s *snapshot, size uint64) (*table, error) {
 
 // lower lowers the refcounts of a tree whose loss is durable, and which was surveyed; and sets COPIED in the active
 // tables where a count has become one, if it may have. What it cannot lower now is tried again by the next write-back,
-// and what that lowers keeps without COPIED.
+// and what that lowers stays without COPIED. The space of what becomes free goes back to the host, as
+// OpenOptions.Discard says.
 func (w *snapshotWork) lower(tree *refTree, copied bool) error {
 	img, m := w.img, w.img.m
 	img.mu.Lock()
@@ -182,6 +183,13 @@ func (w *snapshotWork) lower(tree *refTree, copied bool) error {
 	}
 	w.unlistTables(tree.tables, tree.refs)
 	img.mu.Unlock()
+	if img.discard.passes(dropSnapshot) {
+		// Nobody allocates meanwhile, so no write can meet the punch (I4). What is still to be lowered is punched later.
+		perr := tree.refs.eachGone(done, func(r clusterRun) error {
+			return img.host.punch(0, noOffset, r.first<<m.clusterBits, r.n<<m.clusterBits)
+		})
+		err = errors.Join(err, perr)
+	}
 	if err != nil {
 		return err
 	}

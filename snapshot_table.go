@@ -207,13 +207,13 @@ func (img *Image) switchTo(off int64, p []byte) error {
 func (w *snapshotWork) free(r clusterRun) {
 	a := w.img.m.alloc
 	w.img.wb.lowered = true
-	rest, err := a.release([]clusterRun{r})
+	rest, err := a.release([]freedRun{{r, dropOther}})
 	if err == nil {
 		err = a.writeBack()
 	}
 	if err != nil {
 		for _, r := range rest {
-			a.free(r)
+			a.freeFor(r.cause, r.clusterRun)
 		}
 	}
 }

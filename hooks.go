@@ -11,6 +11,7 @@ type testHooks struct {
 	reuseImmediately bool // hand out clusters whose drop is not durable: breaks I4
 
 	repairSkip repairSync // the sync of a repair that is left out
+	emptyOrder emptyOrder // the ordering of MakeEmpty or Commit that is broken
 }
 
 // repairSync is a place in a repair where what was written must be durable before what follows.

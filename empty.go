@@ -492,13 +492,10 @@ func (img *Image) dropTree(ctx context.Context) error {
 		return err
 	}
 	img.host.leave(OverlapActiveL1, oldRun.first<<m.clusterBits, oldRun.n<<m.clusterBits)
-	err = img.lowerTree(old)
 	img.mu.Lock()
-	_, rerr := a.release([]clusterRun{oldRun})
-	img.wb.lowered = true
-	err = errors.Join(err, rerr, a.writeBack())
+	_, err = a.release([]clusterRun{oldRun})
 	img.mu.Unlock()
-	if err != nil {
+	if err = errors.Join(err, img.lowerTree(old)); err != nil {
 		return fmt.Errorf("the image is empty, but not all space is free: %w", err)
 	}
 	return img.host.sync()
@@ -526,7 +523,7 @@ func (img *Image) takeRun(n uint64) (clusterRun, error) {
 }
 
 // lowerTree takes one reference back from every cluster that the L1 table old refers to, through L2 tables or as one,
-// and from which the header refers no more. What is no sound reference is passed over: it keeps what it names.
+// and has all refcounts written. What is no sound reference is passed over: what it names stays as it is.
 func (img *Image) lowerTree(old *table) error {
 	m := img.m
 	buf := getBuffer(m.clusterSize)
@@ -543,7 +540,10 @@ func (img *Image) lowerTree(old *table) error {
 			}
 		}
 	}
-	return errors.Join(errs...)
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.wb.lowered = true
+	return errors.Join(append(errs, m.alloc.writeBack())...)
 }
 
 // isMetadata reports whether a cluster of r is known as metadata of another kind than own. An entry that names it as

@@ -159,23 +159,26 @@ func resolve(r Resolver, ref FileRef) (Storage, error) {
 // open opens the image in s. It closes s after an error if the chain owns it.
 func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
 	nested := c.depth > 0
-	owns := c.ownsTop || nested
+	img, err := openQuietly(s, o, c)
+	switch {
+	case err == nil || nested:
+		return img, err
+	case o.Name == "":
+		return nil, fmt.Errorf("qcow2: open: %w", err)
+	}
+	return nil, fmt.Errorf("qcow2: open %s: %w", o.Name, err)
+}
+
+// openQuietly is open without the words around the error.
+func openQuietly(s Storage, o OpenOptions, c *chain) (*Image, error) {
+	owns := c.ownsTop || c.depth > 0
 	img := &Image{readOnly: !o.ReadWrite || o.CheckOnly, repairs: o.ReadWrite, checkOnly: o.CheckOnly, ownsHost: owns, reqs: newRequests()}
 	img.host = &hostFile{s: s}
 	img.data = img.host
 	img.wb.cond.L = &img.wb.mu
 	if err := img.open(s, o, c); err != nil {
 		img.closed.Store(true)
-		if rerr := img.release(); rerr != nil {
-			err = errors.Join(err, rerr)
-		}
-		switch {
-		case nested:
-			return nil, err
-		case o.Name == "":
-			return nil, fmt.Errorf("qcow2: open: %w", err)
-		}
-		return nil, fmt.Errorf("qcow2: open %s: %w", o.Name, err)
+		return nil, errors.Join(err, img.release())
 	}
 	return img, nil
 }
@@ -188,6 +191,7 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	if err := c.enter(s, o.Limits); err != nil {
 		return err
 	}
+	img.opened = o
 	id := uint16(c.depth)
 	locked, err := lockStorage(s, lockRole(LockReader, LockWriter, o), o.Lock)
 	if err != nil {
@@ -429,9 +433,10 @@ func (img *Image) openData(o OpenOptions, c *chain) error {
 
 // backing is what lies below an image. Its zero value is nothing.
 type backing struct {
-	disk    Disk  // nil: none
-	owned   bool  // the library closes disk
-	missing error // for reads of what a backing file holds that was not opened
+	disk    Disk    // nil: none
+	owned   bool    // the library closes disk
+	missing error   // for reads of what a backing file holds that was not opened
+	ref     FileRef // by which the library opened disk
 }
 
 // release closes the disk, if it is the library's to close.
@@ -479,7 +484,7 @@ func openBacking(h *header, o OpenOptions, c *chain) (b backing, err error) {
 	if err != nil {
 		return backing{}, fmt.Errorf("backing file %q: %w", h.backingName, err)
 	}
-	b.owned = true
+	b.owned, b.ref = true, ref
 	return b, nil
 }
 

@@ -25,7 +25,9 @@ type Image struct {
 	codec codec.Type    // of compressed clusters; immutable after open
 	info  Info          // guarded by mu
 
-	below     backing
+	opened OpenOptions // with defaults; immutable after open, but what they point to may have changed
+
+	below     backing // changes while no request is registered; read by who is one
 	ownsHost  bool
 	ownsData  bool
 	readOnly  bool
@@ -81,8 +83,15 @@ func (img *Image) Info() Info {
 	return info
 }
 
-// Backing returns the disk below the image, or nil.
-func (img *Image) Backing() Disk { return img.below.disk }
+// Backing returns the disk below the image, or nil. Commit closes what it returned and puts another disk into its
+// place.
+func (img *Image) Backing() Disk { return img.lower().disk }
+
+// lower returns what lies below the image now.
+func (img *Image) lower() backing {
+	defer img.reqs.leave(img.reqs.enter())
+	return img.below
+}
 
 // Snapshots returns the internal snapshots in the order of the snapshot table.
 func (img *Image) Snapshots() []Snapshot {

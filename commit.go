@@ -42,12 +42,10 @@ func (o *CommitOptions) validate() error {
 //
 // A backing file that the library opened is open for reading. To write it, Commit asks the Resolver that the image was
 // opened with for it once more, with FileRef.Writable set, and takes over its lock, as a writer; nobody else gets
-// the file in between. Meanwhile the image reads it through this second opening. At the end, also after an error, the
-// first one is the backing disk again, with a reader's lock, and the other one is closed. Disks that Backing returned
-// before and meanwhile are closed then: ask for it again. Should the tables of the first one not be read at the end, the
-// second one stays in its place, with its lock, until the image is closed; the error says so. A Disk of the caller's
-// (OpenOptions.Backing) is written itself: it must be an *Image that is open for writing, a *RawDisk, or another
-// WritableDisk.
+// the file in between. If that fails, the first opening stays as it was. If not, the second one takes its place, and
+// keeps it: at the end of the call, also after an error, it has the lock of a reader again, and nothing is written to it
+// any more. What Backing returned before is closed; ask for it again. A Disk of the caller's (OpenOptions.Backing) is
+// written itself: it must be an *Image that is open for writing, a *RawDisk, or another WritableDisk.
 //
 // Errors: ErrNoBacking, *OptionError, ErrReadOnly for a Disk of the caller's that cannot be written, ErrLocked where
 // somebody else reads or writes the backing file, *ResolveError, ErrTooLarge and one that matches syscall.ENOSPC for a
@@ -96,7 +94,7 @@ func (img *Image) commit(ctx context.Context, o *CommitOptions) error {
 	if err == nil {
 		err = base.sync()
 	}
-	if err = errors.Join(err, base.giveBack()); err != nil {
+	if err = errors.Join(err, base.end()); err != nil {
 		return err
 	}
 	if !empties {

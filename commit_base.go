@@ -11,7 +11,7 @@ type commitBase struct {
 	parent *Image // whose backing disk it is
 
 	// Where the library opened the disk, it is opened once more, for writing; else all of this is zero.
-	old   backing // what parent had below it, open for reading
+	old   backing // what parent had below it before, open for reading
 	s     Storage // the second opening
 	image *Image  // disk, unless it is a raw one
 	moved []movedLock
@@ -35,11 +35,6 @@ func (m *movedLock) take(writer LockRole) error {
 	return m.to.Lock(writer)
 }
 
-// back makes the lock one of readers again, of both openings.
-func (m *movedLock) back() error {
-	return errors.Join(m.to.Lock(m.reader), m.from.Lock(m.reader))
-}
-
 // takeBase returns the disk depth levels below img, open for writing and in its place in the chain. Precondition: the
 // caller is in exclusively. After an error everything is as it was.
 func (img *Image) takeBase(depth int) (*commitBase, error) {
@@ -47,7 +42,7 @@ func (img *Image) takeBase(depth int) (*commitBase, error) {
 	for level := 1; level < depth; level++ {
 		next, ok := parent.below.disk.(*Image)
 		if !ok {
-			return nil, &OptionError{Option: "Depth", Value: depth, Reason: fmt.Sprintf("there are %d images above the last disk of the chain", level)}
+			return nil, &OptionError{Option: "Depth", Value: depth, Reason: fmt.Sprintf("only %d images of the chain have something below them", level)}
 		}
 		ours = ours && parent.below.owned
 		parent = next
@@ -61,23 +56,28 @@ func (img *Image) takeBase(depth int) (*commitBase, error) {
 	case d == nil:
 		return nil, ErrNoBacking
 	case !b.old.owned:
-		// The caller's: written as it is.
-		w, ok := d.(WritableDisk)
-		if image, isImage := d.(*Image); isImage {
-			if err := image.writable(); err != nil {
-				return nil, fmt.Errorf("backing disk: %w", err)
-			}
-		}
-		if !ok {
-			return nil, fmt.Errorf("backing disk: %w: a %T has no WriteAt and Sync", ErrReadOnly, d)
-		}
-		return &commitBase{disk: w, parent: parent}, nil
+		return b.takeCallers(d)
 	case !ours:
 		return nil, &OptionError{Option: "Depth", Value: depth, Reason: "the image above that disk is the caller's: commit it by itself"}
 	}
 	if err := b.open(); err != nil {
 		return nil, fmt.Errorf("open backing file %q for writing: %w", b.old.ref.Name, err)
 	}
+	return b, nil
+}
+
+// takeCallers takes a disk of the caller's, which is written as it is.
+func (b *commitBase) takeCallers(d Disk) (*commitBase, error) {
+	if image, ok := d.(*Image); ok {
+		if err := image.writable(); err != nil {
+			return nil, fmt.Errorf("backing disk: %w", err)
+		}
+	}
+	w, ok := d.(WritableDisk)
+	if !ok {
+		return nil, fmt.Errorf("backing disk: %w: a %T has no WriteAt and Sync", ErrReadOnly, d)
+	}
+	b.disk = w
 	return b, nil
 }
 
@@ -90,71 +90,65 @@ func (b *commitBase) open() error {
 		return err
 	}
 	b.s = s
-	if err := b.openIn(s); err != nil {
-		return errors.Join(err, b.close())
-	}
-	return b.replace(backing{disk: b.disk, ref: b.old.ref}, b.old.disk)
-}
-
-// replace makes below what parent has below it, instead of the disk before. Whoever reads through that is waited for;
-// who begins again finds the new one, or that the old one is closed.
-func (b *commitBase) replace(below backing, before Disk) error {
-	err := b.parent.pausing(func() error {
-		b.parent.below = below
-		return nil
-	})
-	if image, ok := before.(*Image); ok && err == nil {
-		image.closed.Store(true)
-		image.reqs.drain()
-	}
-	return err
-}
-
-// openIn makes the disk in s.
-func (b *commitBase) openIn(s Storage) error {
+	below := backing{owned: true, ref: b.old.ref}
 	if old, ok := b.old.disk.(*ownedRaw); ok {
-		if err := b.sameFile(old.s, s); err != nil {
-			return err
+		var d *RawDisk
+		if d, err = b.openRaw(old, s); err == nil {
+			b.disk, below.disk = d, &ownedRaw{d, old.locked}
 		}
-		if b.parent.opened.Lock != LockOff {
-			b.moved = append(b.moved, movedLock{from: old.s, to: s, reader: LockRawReader})
-		}
-		if _, err := lockStorage(s, LockRawWriter, b.parent.opened.Lock); err != nil {
-			return err
-		}
-		d, err := NewRawDisk(s)
-		b.disk = d
-		return err
+	} else if err = b.openImage(b.old.disk.(*Image), s); err == nil {
+		b.disk, below.disk = b.image, b.image
 	}
-	old := b.old.disk.(*Image)
+	if err != nil {
+		return errors.Join(err, b.undo())
+	}
+	return b.replace(below)
+}
+
+// openRaw opens the raw disk in s, for writing.
+func (b *commitBase) openRaw(old *ownedRaw, s Storage) (*RawDisk, error) {
+	if err := b.sameFile(old.s, s); err != nil {
+		return nil, err
+	}
+	if err := b.takeLock(old.locked, old.s, s, LockRawReader, LockRawWriter); err != nil {
+		return nil, err
+	}
+	return NewRawDisk(s)
+}
+
+// openImage opens the image in s, for writing. It shares with old, which is open for reading, the disk below and the
+// cache of the chain.
+func (b *commitBase) openImage(old *Image, s Storage) error {
 	if err := b.sameFile(old.host.s, s); err != nil {
 		return err
 	}
-	if err := b.takeLock(old.host, s, LockReader, LockWriter); err != nil {
+	if err := b.takeLock(old.host.locked, old.host.s, s, LockReader, LockWriter); err != nil {
 		return err
 	}
 	o := old.opened
 	o.ReadWrite, o.Lock, o.Backing, o.test = true, LockOff, old.below.disk, b.parent.opened.test
-	w, err := openQuietly(s, o, &chain{})
+	w, err := openQuietly(s, o, &chain{cache: old.m.cache})
 	if err != nil {
 		return err
 	}
-	b.disk, b.image = w, w
+	b.image = w
+	w.m.id = old.m.id ^ 1<<15 // which nobody in the chain has: the next opening of this file has the other one again
+	w.opened.Lock = old.opened.Lock
 	if w.data == w.host {
 		return nil
 	}
 	if err := b.sameFile(old.data.s, w.data.s); err != nil {
 		return err
 	}
-	return b.takeLock(old.data, w.data.s, LockDataReader, LockDataWriter)
+	return b.takeLock(old.data.locked, old.data.s, w.data.s, LockDataReader, LockDataWriter)
 }
 
-// takeLock takes the lock over that the host file from has as a reader, if it has one.
-func (b *commitBase) takeLock(from *hostFile, to Storage, reader, writer LockRole) error {
-	if !from.locked {
+// takeLock takes the lock over that from has as a reader, if it has one.
+func (b *commitBase) takeLock(locked bool, from, to Storage, reader, writer LockRole) error {
+	if !locked {
 		return nil
 	}
-	b.moved = append(b.moved, movedLock{from: from.s, to: to, reader: reader})
+	b.moved = append(b.moved, movedLock{from: from, to: to, reader: reader})
 	return b.moved[len(b.moved)-1].take(writer)
 }
 
@@ -166,9 +160,52 @@ func (b *commitBase) sameFile(reading, writing Storage) error {
 	return nil
 }
 
+// undo closes the second opening, which has written nothing, and gives the first one its locks back.
+func (b *commitBase) undo() error {
+	errs := []error{b.shareLocks()}
+	for _, m := range b.moved {
+		errs = append(errs, m.from.Lock(m.reader))
+	}
+	if b.image != nil {
+		errs = append(errs, b.image.Close())
+	}
+	errs = append(errs, b.s.Close())
+	// Where both openings share one storage, its lock went with the second.
+	for _, m := range b.moved {
+		errs = append(errs, m.from.Lock(m.reader))
+	}
+	return errors.Join(errs...)
+}
+
+// replace puts the second opening into the place of the first, which is closed. Whoever reads through that is waited
+// for; who begins again finds the second one.
+func (b *commitBase) replace(below backing) error {
+	err := b.parent.pausing(func() error {
+		b.parent.below = below
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	old, ok := b.old.disk.(*Image)
+	if !ok {
+		return b.old.release()
+	}
+	w := b.image
+	w.below.owned, w.below.ref, old.below.owned = old.below.owned, old.below.ref, false
+	w.ownsHost = true
+	w.host.locked, w.info.Locked = old.host.locked, old.host.locked
+	if w.data != w.host {
+		w.data.locked = old.data.locked
+	}
+	err = b.old.release()
+	w.m.cache.forget(old.m.id)
+	return err
+}
+
 // sync makes durable what was written.
 func (b *commitBase) sync() error {
-	if b.image == nil && b.s != nil && b.parent.opened.NoSync {
+	if b.s != nil && b.image == nil && b.parent.opened.NoSync {
 		return nil
 	}
 	if err := b.disk.Sync(); err != nil {
@@ -177,85 +214,38 @@ func (b *commitBase) sync() error {
 	return nil
 }
 
-// giveBack ends the writing: the first opening is read again, and the second one is closed. Where the first one cannot
-// be read, the second one stays in its place.
-func (b *commitBase) giveBack() error {
+// end ends the writing: from now on the disk is read alone, with the lock of a reader. That goes for one that could not
+// write everything back, too: it reads as it did, and its file is as after a crash.
+func (b *commitBase) end() error {
 	if b.s == nil {
 		return nil
 	}
-	var errs []error
+	var err error
 	if b.image != nil {
-		// What is on disk is what will be read.
-		errs = append(errs, b.image.alone(func() error { return nil }))
+		if err = b.image.retire(); err != nil {
+			err = fmt.Errorf("backing disk: %w", err)
+		}
 	}
-	disk, err := b.reread()
-	if err != nil {
-		return errors.Join(append(errs, fmt.Errorf("read the backing file again: %w", err), b.stay())...)
-	}
-	return errors.Join(append(errs, b.replace(backing{disk: disk, owned: true, ref: b.old.ref}, nil), b.close())...)
+	return errors.Join(err, b.shareLocks())
 }
 
-// reread returns the disk of the first opening as it is now, for reading. It takes everything over that the disk before
-// had.
-func (b *commitBase) reread() (Disk, error) {
-	if old, ok := b.old.disk.(*ownedRaw); ok {
-		d, err := NewRawDisk(old.s)
-		return &ownedRaw{d}, err
-	}
-	old := b.old.disk.(*Image)
-	o := old.opened
-	o.Lock, o.Backing = LockOff, old.below.disk
-	if old.data != old.host {
-		o.DataFile = old.data.s
-	}
-	old.m.cache.forget(old.m.id)
-	r, err := openQuietly(old.host.s, o, &chain{cache: old.m.cache})
-	if err != nil {
-		return nil, err
-	}
-	r.m.id = old.m.id
-	r.opened, r.below = old.opened, old.below
-	r.ownsHost, r.ownsData = old.ownsHost, old.ownsData
-	r.host.locked, r.data.locked, r.info.Locked = old.host.locked, old.data.locked, old.info.Locked
-	return r, nil
-}
-
-// stay leaves the second opening in its place, for good, and closes the first.
-func (b *commitBase) stay() error {
-	below := backing{disk: b.disk, owned: true, ref: b.old.ref}
-	if old, ok := b.old.disk.(*ownedRaw); ok {
-		below.disk = &ownedRaw{b.disk.(*RawDisk)}
-		return errors.Join(b.replace(below, nil), old.Close())
-	}
-	old := b.old.disk.(*Image)
-	b.image.ownsHost = true
-	b.image.below.owned, old.below.owned = old.below.owned, false
-	return errors.Join(b.replace(below, nil), old.release())
-}
-
-// close closes the second opening, and gives the locks back that it took over.
-func (b *commitBase) close() error {
+// shareLocks makes the locks of the second opening those of a reader.
+func (b *commitBase) shareLocks() error {
 	var errs []error
-	each := func(f func(m *movedLock)) {
-		for i := range b.moved {
-			f(&b.moved[i])
-		}
+	for _, m := range b.moved {
+		errs = append(errs, m.to.Lock(m.reader))
 	}
-	each(func(m *movedLock) {
-		if m.to != b.s { // the image closes it
-			errs = append(errs, m.back())
-		}
-	})
-	if b.image != nil {
-		errs = append(errs, b.image.Close())
-	}
-	each(func(m *movedLock) {
-		if m.to == b.s {
-			errs = append(errs, m.back())
-		}
-	})
-	errs = append(errs, b.s.Close())
-	// Where both openings share one storage, its lock went with the second.
-	each(func(m *movedLock) { errs = append(errs, m.from.Lock(m.reader)) })
 	return errors.Join(errs...)
+}
+
+// retire writes everything back, as Close does, and makes the image one that is open for reading.
+func (img *Image) retire() error {
+	err := img.alone(func() error {
+		img.mu.Lock()
+		defer img.mu.Unlock()
+		return errors.Join(img.endMarking(), img.padFile())
+	})
+	img.readOnly.Store(true)
+	img.wb.stop()
+	return err
 }

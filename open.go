@@ -172,7 +172,8 @@ func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
 // openQuietly is open without the words around the error.
 func openQuietly(s Storage, o OpenOptions, c *chain) (*Image, error) {
 	owns := c.ownsTop || c.depth > 0
-	img := &Image{readOnly: !o.ReadWrite || o.CheckOnly, repairs: o.ReadWrite, checkOnly: o.CheckOnly, ownsHost: owns, reqs: newRequests()}
+	img := &Image{repairs: o.ReadWrite, checkOnly: o.CheckOnly, ownsHost: owns, reqs: newRequests()}
+	img.readOnly.Store(!o.ReadWrite || o.CheckOnly)
 	img.host = &hostFile{s: s}
 	img.data = img.host
 	img.wb.cond.L = &img.wb.mu
@@ -497,18 +498,22 @@ func openBelow(s Storage, format string, ref FileRef, o OpenOptions, c *chain) (
 	if err := c.enter(s, o.Limits); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
-	if _, err := lockStorage(s, lockRole(LockRawReader, LockRawReader, below), o.Lock); err != nil {
+	locked, err := lockStorage(s, lockRole(LockRawReader, LockRawReader, below), o.Lock)
+	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	d, err := NewRawDisk(s)
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
-	return &ownedRaw{d}, nil
+	return &ownedRaw{d, locked}, nil
 }
 
 // ownedRaw is a raw disk that closes its storage.
-type ownedRaw struct{ *RawDisk }
+type ownedRaw struct {
+	*RawDisk
+	locked bool // whether the storage has the lock of a reader
+}
 
 // Close closes the storage.
 func (d *ownedRaw) Close() error { return d.s.Close() }

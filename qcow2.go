@@ -30,11 +30,11 @@ type Image struct {
 	below     backing // changes while no request is registered; read by who is one
 	ownsHost  bool
 	ownsData  bool
-	readOnly  bool
-	checkOnly bool       // only Check works; there is no mapper
-	repairs   bool       // Check may repair, although nothing else may write
-	lazy      bool       // refcounts may lag behind on disk, under the dirty bit
-	snapshots []snapshot // guarded by mu
+	readOnly  atomic.Bool // a Commit writes its base for a while
+	checkOnly bool        // only Check works; there is no mapper
+	repairs   bool        // Check may repair, although nothing else may write
+	lazy      bool        // refcounts may lag behind on disk, under the dirty bit
+	snapshots []snapshot  // guarded by mu
 
 	reqs    *requests
 	mu      sync.Mutex // the metadata lock: mapper and allocator
@@ -283,7 +283,7 @@ func (img *Image) writable() error {
 		return fs.ErrClosed
 	case img.checkOnly:
 		return ErrCheckOnly
-	case img.readOnly:
+	case img.readOnly.Load():
 		return ErrReadOnly
 	}
 	return img.host.failure()
@@ -364,7 +364,7 @@ func (img *Image) Sync() error {
 	if img.closed.Load() {
 		return fmt.Errorf("qcow2: sync: %w", fs.ErrClosed)
 	}
-	if img.readOnly {
+	if img.readOnly.Load() {
 		return nil
 	}
 	if err := img.flush(); err != nil {
@@ -382,7 +382,7 @@ func (img *Image) Close() error {
 	}
 	img.reqs.drain()
 	var err error
-	if !img.readOnly {
+	if !img.readOnly.Load() {
 		err = img.finish()
 		img.wb.stop()
 	}

@@ -102,8 +102,9 @@ func (o *OpenOptions) validate() error {
 	return errors.Join(errs...)
 }
 
-// maxChainDepth bounds Limits.ChainDepth: the cache tells images apart by 16 bits.
-const maxChainDepth = 1 << 15
+// maxChainDepth bounds Limits.ChainDepth: the cache tells images apart by 15 bits, and two openings of one image by
+// another.
+const maxChainDepth = 1<<15 - 1
 
 // maxCacheBytes bounds the caches: beyond it lies more than any image's tables that are in use at once.
 const maxCacheBytes = 16 << 30

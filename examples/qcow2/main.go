@@ -7,6 +7,7 @@
 //	         space is lost and nothing else, 63 if the format has nothing to check
 //	convert  a disk into another format
 //	map      where the content of a disk lies
+//	commit   what an image holds, into its backing file
 //
 // Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
 // found in this way without its backing and data files. -f or --trust opens them.
@@ -59,6 +60,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceUsage:  true,
 	}
 	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand())
+	root.AddCommand(commitCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)

@@ -493,7 +493,7 @@ func (img *Image) dropTree(ctx context.Context) error {
 	}
 	img.host.leave(OverlapActiveL1, oldRun.first<<m.clusterBits, oldRun.n<<m.clusterBits)
 	img.mu.Lock()
-	_, err = a.release([]clusterRun{oldRun})
+	err = img.releaseNow([]freedRun{{oldRun, dropSnapshot}})
 	img.mu.Unlock()
 	if err = errors.Join(err, img.lowerTree(old)); err != nil {
 		return fmt.Errorf("the image is empty, but not all space is free: %w", err)
@@ -570,30 +570,22 @@ func (r *entryRules) entryIn(p []byte, i uint64) l2Entry {
 // lowerTable takes one reference back from the L2 table at host offset off and from everything in it. buf is one
 // cluster.
 func (img *Image) lowerTable(off uint64, buf []byte) error {
-	m, a := img.m, img.m.alloc
+	m := img.m
 	if err := img.host.readFull(buf, off); err != nil {
 		return fmt.Errorf("L2 table: %w", err)
 	}
-	img.mu.Lock()
-	defer img.mu.Unlock()
-	var run clusterRun
-	var err error
-	lower := func(r clusterRun, own OverlapKinds) {
-		if r.n == 0 {
-			return
-		}
-		if !img.isMetadata(r, own) {
-			_, rerr := a.release([]clusterRun{r})
-			err = errors.Join(err, rerr)
-			return
-		}
-		for i := range r.n {
-			if one := (clusterRun{first: r.first + i, n: 1}); !img.isMetadata(one, own) {
-				_, rerr := a.release([]clusterRun{one})
-				err = errors.Join(err, rerr)
+	var runs []freedRun
+	add := func(r clusterRun, own OverlapKinds) {
+		for ; r.n > 0 && img.isMetadata(r, own); r.first, r.n = r.first+1, r.n-1 {
+			if one := (clusterRun{first: r.first, n: 1}); !img.isMetadata(one, own) {
+				runs = append(runs, freedRun{one, dropSnapshot})
 			}
 		}
+		if r.n > 0 {
+			runs = append(runs, freedRun{r, dropSnapshot})
+		}
 	}
+	var run clusterRun
 	for i := range uint64(1) << m.l2Bits {
 		e := m.entryIn(buf, i)
 		if m.kind(e, 0) == kindInvalid {
@@ -604,11 +596,28 @@ func (img *Image) lowerTable(off uint64, buf []byte) error {
 			run.n += r.n
 			continue
 		}
-		lower(run, 0)
-		run = r
+		if r.n > 0 {
+			add(run, 0)
+			run = r
+		}
 	}
-	lower(run, 0)
+	add(run, 0)
 	img.host.leave(OverlapActiveL2, off, m.clusterSize)
-	lower(clusterRun{first: off >> m.clusterBits, n: 1}, OverlapInactiveL2)
+	add(clusterRun{first: off >> m.clusterBits, n: 1}, OverlapInactiveL2)
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	return img.releaseNow(runs)
+}
+
+// releaseNow takes references back whose drop is durable, and that no request uses, and gives the space that becomes free
+// back to the host, if that is wanted. What an error keeps from being released stays for the next time. The metadata lock
+// is held, and let go while the host works.
+func (img *Image) releaseNow(runs []freedRun) error {
+	if img.discard.passes(dropSnapshot) {
+		img.wb.punches = append(img.wb.punches, runs...)
+		return img.punchDropped()
+	}
+	rest, err := img.m.alloc.release(runs)
+	img.wb.punches = append(img.wb.punches, rest...)
 	return err
 }

@@ -9,6 +9,8 @@ type testHooks struct {
 	hookFirst        bool // write a refcount table entry before its block is durable: breaks I3
 	headerFirst      bool // switch the header before the refcount table is durable: breaks I3
 	reuseImmediately bool // hand out clusters whose drop is not durable: breaks I4
+	punchEarly       bool // punch clusters before their drop is durable: breaks I4
+	punchLate        bool // punch clusters after they were released: breaks I4
 
 	repairSkip repairSync // the sync of a repair that is left out
 	emptyOrder emptyOrder // the ordering of MakeEmpty or Commit that is broken

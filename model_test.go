@@ -249,6 +249,7 @@ func (f *modelFiles) openOptions(c workloadConfig) *OpenOptions {
 	if c.smallCache {
 		o.L2CacheBytes, o.RefcountCacheBytes = 1, 1
 	}
+	c.discardOptions(o)
 	return o
 }
 
@@ -476,6 +477,8 @@ func (r *modelRun) do(o op) error {
 		return r.write(o)
 	case opRead, opReadV:
 		return r.read(o)
+	case opDiscard, opZero, opUnmap:
+		return r.zero(o)
 	case opExtents:
 		return r.extents(o)
 	case opSync:

@@ -90,6 +90,9 @@ func (o *OpenOptions) validate() error {
 	if o.Backing != nil && o.NoBacking {
 		refuse("NoBacking", true, "contradicts Backing")
 	}
+	if o.Discard < DiscardDefault || o.Discard > DiscardNever {
+		refuse("Discard", int(o.Discard), "is no DiscardMode")
+	}
 	if o.L2CacheBytes < 0 {
 		refuse("L2CacheBytes", o.L2CacheBytes, "must not be negative")
 	}
@@ -178,6 +181,7 @@ func openQuietly(s Storage, o OpenOptions, c *chain) (*Image, error) {
 	img.host = &hostFile{s: s}
 	img.data = img.host
 	img.wb.cond.L = &img.wb.mu
+	img.wb.punched.L = &img.mu
 	if err := img.open(s, o, c); err != nil {
 		img.closed.Store(true)
 		return nil, errors.Join(err, img.release())
@@ -226,6 +230,9 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	}
 	if err := h.checkOpenable(o.ReadWrite); err != nil {
 		return err
+	}
+	if o.DiscardNoUnref && o.ReadWrite && h.version < 3 {
+		return &OptionError{Option: "DiscardNoUnref", Value: true, Reason: "needs a version 3 image: version 2 has no zero clusters"}
 	}
 	img.lazy = h.lazyRefcounts()
 	if img.snapshots, err = readSnapshotTable(s, size, h, *o.Limits); err != nil {
@@ -364,6 +371,7 @@ func (img *Image) openForWriting(o OpenOptions, size int64) error {
 	}
 	img.bitmaps = bitmapMarks(entries)
 	img.overlap, img.limits, img.onCorrupt = o.OverlapCheck, *o.Limits, o.OnCorrupt
+	img.discard, img.noUnref = o.Discard, o.DiscardNoUnref
 	if err := img.watchMetadata(); err != nil {
 		return err
 	}

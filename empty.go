@@ -63,7 +63,7 @@ func (img *Image) makeEmpty(ctx context.Context) error {
 	if img.bare() {
 		err = img.replaceTables(ctx)
 	}
-	if err == errNotBare || noRoom(err) {
+	if err == errNotBare || lacksRoom(err) {
 		err = img.dropTree(ctx)
 	}
 	if err != nil {
@@ -78,9 +78,9 @@ func (img *Image) makeEmpty(ctx context.Context) error {
 // errNotBare says that an image has more clusters than those of its header and of what it maps.
 var errNotBare = errors.New("the image has structures besides its tables")
 
-// noRoom reports whether err says that there is no place for tables: the host is full, or the place too far away for the
+// lacksRoom reports whether err says that there is no place for tables: the host is full, or the place too far away for the
 // format.
-func noRoom(err error) bool { return isNoSpace(err) || errors.Is(err, ErrTooLarge) }
+func lacksRoom(err error) bool { return isNoSpace(err) || errors.Is(err, ErrTooLarge) }
 
 // bare reports whether nothing but the header stays of the image when it is emptied: it has no snapshots, no bitmaps,
 // no crypto header, and no extension of which nobody here knows whether it names clusters.
@@ -273,7 +273,7 @@ func (img *Image) switchBeside(ctx context.Context, front uint64) error {
 			_ = img.host.s.Truncate(size) // what was written behind the end is nobody's
 		}
 	}
-	if noRoom(err) && img.host.failure() == nil {
+	if lacksRoom(err) && img.host.failure() == nil {
 		err = img.switchTo(ctx, front, end)
 	}
 	return err

@@ -370,11 +370,7 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 	if err := r.compareAll(r.img.ReadAt); err != nil {
 		return fmt.Errorf("at the end: %w", err)
 	}
-	for i := range r.img.m.l1.n {
-		if r.img.m.l1.load(i) != 0 {
-			r.stats.tables++
-		}
-	}
+	r.countTables()
 	if err := r.close(); err != nil {
 		return err
 	}
@@ -489,6 +485,10 @@ func (r *modelRun) do(o op) error {
 		return r.walk(false)
 	case opWalk:
 		return r.walk(false)
+	case opEmpty:
+		return r.empty()
+	case opCommit:
+		return r.commit()
 	case opReopen:
 		r.stats.reopens++
 		if err := r.close(); err != nil {

@@ -23,6 +23,8 @@ const (
 	opSync    opKind = "sync"
 	opWalk    opKind = "walk" // the independent walk over the bytes as they stand, without a sync
 	opReopen  opKind = "reopen"
+	opEmpty   opKind = "empty"   // MakeEmpty
+	opCommit  opKind = "commit"  // Commit
 	opDiscard opKind = "discard" // discard off n
 	opZero    opKind = "zero"    // zero off n: WriteZeroes
 	opUnmap   opKind = "unmap"   // unmap off n: WriteZeroes with ZeroMayUnmap
@@ -36,7 +38,9 @@ type op struct {
 }
 
 // ranged reports whether the operation has a range.
-func (o op) ranged() bool { return o.kind != opSync && o.kind != opWalk && o.kind != opReopen }
+func (o op) ranged() bool {
+	return o.kind != opSync && o.kind != opWalk && o.kind != opReopen && o.kind != opEmpty && o.kind != opCommit
+}
 
 // seeded reports whether the operation has a seed.
 func (o op) seeded() bool { return o.writes() || o.kind == opReadV }
@@ -66,6 +70,7 @@ func parseOp(line string) (op, error) {
 	switch o.kind {
 	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
 	case opDiscard, opZero, opUnmap:
+	case opEmpty, opCommit:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -427,6 +432,9 @@ func (g *generator) op() op {
 	case k < 95:
 		return op{kind: opSync} // 7 %, so that every run has its 5
 	case k < 98:
+		if g.rng.IntN(6) == 0 {
+			return g.emptying()
+		}
 		return op{kind: opReopen}
 	case k < 99:
 		// Past the end: refused, nothing is written.

@@ -19,12 +19,13 @@ type testHooks struct {
 type repairSync int
 
 const (
-	repairSyncNone  repairSync = iota
-	repairSyncClear            // COPIED off, before counts are raised above one: else I7
-	repairSyncTable            // new refcount structures, before the header names them: else I3
-	repairSyncMend             // entries, before the counts of what they named are lowered: else I1
-	repairSyncLower            // lowered counts, before COPIED says that they are one: else I7
-	repairSyncOther            // any other
+	repairSyncNone   repairSync = iota
+	repairSyncClear             // COPIED off, before counts are raised above one: else I7
+	repairSyncTable             // new refcount structures, before the header names them: else I3
+	repairSyncCopies            // copies of tables, before anything names them: else I3
+	repairSyncMend              // entries, before the counts of what they named are lowered: else I1
+	repairSyncLower             // lowered counts, before COPIED says that they are one: else I7
+	repairSyncOther             // any other
 )
 
 // early reports whether a pointer is to be written before what it points at is durable.

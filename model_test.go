@@ -550,7 +550,7 @@ func agreesWithWalk(s Storage, rep *refwalk.Report) error {
 	if err = errors.Join(err, img.Close()); err != nil || rep.Dirty() {
 		return err
 	}
-	got := [...]int64{res.Corruptions + res.Unreadable - res.LostCopied, res.LostCopied, res.Leaks, res.CheckErrors}
+	got := [...]int64{res.Corruptions + res.Unreadable + res.Shared - res.LostCopied, res.LostCopied, res.Leaks, res.CheckErrors}
 	want := [...]int64{int64(rep.Corruptions()), int64(rep.CopiedMissing), int64(rep.Leaks), 0}
 	if got != want {
 		return fmt.Errorf("check: corruptions, lost COPIED, leaks and errors are %d, the walk has %d:\n\t%s\n\t%s", got, want,

@@ -282,7 +282,7 @@ func (img *Image) repairStale(o OpenOptions, size int64) (int64, error) {
 	}
 	res, _, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
 	if err == nil && !res.sound() {
-		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions+res.Unreadable, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
+		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.corrupt(), res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
 	}
 	if err == nil {
 		size, err = img.host.s.Size()

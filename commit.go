@@ -47,7 +47,10 @@ func (o *CommitOptions) validate() error {
 // any more. What Backing returned before is closed; ask for it again. A Disk of the caller's (OpenOptions.Backing) is
 // written itself: it must be an *Image that is open for writing, a *RawDisk, or another WritableDisk.
 //
-// Errors: ErrNoBacking, *OptionError, ErrReadOnly for a Disk of the caller's that cannot be written, ErrLocked where
+// Internal snapshots of the image read the backing file where they hold nothing, and so find there what was committed;
+// while one is open (OpenSnapshot) Commit is refused with ErrBusy.
+//
+// Errors: ErrNoBacking, ErrBusy, *OptionError, ErrReadOnly for a Disk of the caller's that cannot be written, ErrLocked where
 // somebody else reads or writes the backing file, *ResolveError, ErrTooLarge and one that matches syscall.ENOSPC for a
 // backing disk that cannot grow, those of opening the backing file for writing, of MakeEmpty, of ctx and of the storages.
 // After an error nothing has changed that a reader of the image could see: it is not emptied, or it is
@@ -81,6 +84,12 @@ func (img *Image) commit(ctx context.Context, o *CommitOptions) error {
 	empties := !o.KeepOverlay && o.Depth == 1
 	if empties && img.hdr.rawData() {
 		return fmt.Errorf("%w: to empty an image whose raw data file must always read as the disk", ErrUnsupported)
+	}
+	img.mu.Lock()
+	err := img.openSnapshots()
+	img.mu.Unlock()
+	if err != nil {
+		return err
 	}
 	base, err := img.takeBase(o.Depth)
 	if err != nil {

@@ -85,7 +85,7 @@ func (b *commitBase) takeCallers(d Disk) (*commitBase, error) {
 func (b *commitBase) open() error {
 	ref := b.old.ref
 	ref.Writable = true
-	s, err := resolve(b.parent.opened.Resolver, ref)
+	s, err := resolve(b.parent.openedWith.Resolver, ref)
 	if err != nil {
 		return err
 	}
@@ -125,15 +125,17 @@ func (b *commitBase) openImage(old *Image, s Storage) error {
 	if err := b.takeLock(old.host.locked, old.host.s, s, LockReader, LockWriter); err != nil {
 		return err
 	}
-	o := old.opened
-	o.ReadWrite, o.Lock, o.Backing, o.test = true, LockOff, old.below.disk, b.parent.opened.test
+	o := old.openedWith
+	o.ReadWrite, o.Lock, o.Backing, o.test = true, LockOff, old.below.disk, b.parent.openedWith.test
 	w, err := openQuietly(s, o, &chain{cache: old.m.cache})
 	if err != nil {
 		return err
 	}
 	b.image = w
-	w.m.id = old.m.id ^ 1<<15 // which nobody in the chain has: the next opening of this file has the other one again
-	w.opened.Lock = old.opened.Lock
+	if w.m.id, err = w.m.cache.takeID(); err != nil { // nothing was cached under the one that it had
+		return err
+	}
+	w.openedWith.Lock = old.openedWith.Lock
 	if w.data == w.host {
 		return nil
 	}
@@ -168,6 +170,7 @@ func (b *commitBase) undo() error {
 	}
 	if b.image != nil {
 		errs = append(errs, b.image.Close())
+		b.image.m.cache.giveID(b.image.m.id)
 	}
 	errs = append(errs, b.s.Close())
 	// Where both openings share one storage, its lock went with the second.
@@ -180,32 +183,41 @@ func (b *commitBase) undo() error {
 // replace puts the second opening into the place of the first, which is closed. Whoever reads through that is waited
 // for; who begins again finds the second one.
 func (b *commitBase) replace(below backing) error {
+	old, w := b.old.disk, b.image
+	if w != nil {
+		// What the first opening owns passes to the second, before anybody knows it.
+		old := old.(*Image)
+		w.ownsHost = true
+		w.host.locked, w.info.Locked = old.host.locked, old.host.locked
+		if w.data != w.host {
+			w.data.locked = old.data.locked
+		}
+		w.below = old.below
+		err := old.pausing(func() error {
+			old.below.owned = false
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
 	err := b.parent.pausing(func() error {
 		b.parent.below = below
 		return nil
 	})
-	if err != nil {
-		return err
+	if err == nil {
+		err = b.old.release()
 	}
-	old, ok := b.old.disk.(*Image)
-	if !ok {
-		return b.old.release()
+	if w != nil {
+		w.m.cache.forget(old.(*Image).m.id)
+		w.m.cache.giveID(old.(*Image).m.id)
 	}
-	w := b.image
-	w.below.owned, w.below.ref, old.below.owned = old.below.owned, old.below.ref, false
-	w.ownsHost = true
-	w.host.locked, w.info.Locked = old.host.locked, old.host.locked
-	if w.data != w.host {
-		w.data.locked = old.data.locked
-	}
-	err = b.old.release()
-	w.m.cache.forget(old.m.id)
 	return err
 }
 
 // sync makes durable what was written.
 func (b *commitBase) sync() error {
-	if b.s != nil && b.image == nil && b.parent.opened.NoSync {
+	if b.s != nil && b.image == nil && b.parent.openedWith.NoSync {
 		return nil
 	}
 	if err := b.disk.Sync(); err != nil {

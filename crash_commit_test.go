@@ -160,7 +160,7 @@ func (sc commitScenario) scattered(seed uint64) *commitScenario {
 
 // TestCommitCrash interrupts the commit of chains of every kind at every host operation, with all files in one record.
 func TestCommitCrash(t *testing.T) {
-	total, perRun := 1500, 90
+	total, perRun := 700, 45
 	if s := os.Getenv(commitStatesEnv); s != "" {
 		n, err := strconv.Atoi(s)
 		if err != nil {

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -269,19 +268,19 @@ func (img *Image) switchBeside(ctx context.Context, front uint64) error {
 	end := img.m.clusters(uint64(size))
 	err = error(syscall.ENOSPC)
 	if !img.host.fixed {
-		if err = img.switchTo(ctx, max(front, end), math.MaxUint64); err != nil && img.host.failure() == nil {
+		if err = img.switchInto(ctx, max(front, end), math.MaxUint64); err != nil && img.host.failure() == nil {
 			_ = img.host.s.Truncate(size) // what was written behind the end is nobody's
 		}
 	}
 	if lacksRoom(err) && img.host.failure() == nil {
-		err = img.switchTo(ctx, front, end)
+		err = img.switchInto(ctx, front, end)
 	}
 	return err
 }
 
-// switchTo writes tables into the first free clusters from host cluster from on, and not at or behind end, and switches
+// switchInto writes tables into the first free clusters from host cluster from on, and not at or behind end, and switches
 // to them.
-func (img *Image) switchTo(ctx context.Context, from, end uint64) error {
+func (img *Image) switchInto(ctx context.Context, from, end uint64) error {
 	beside, err := img.placeBeside(from)
 	if err != nil {
 		return err
@@ -442,182 +441,74 @@ func (img *Image) cutFile(end uint64) error {
 // an empty one, and the references of the tables below it are taken back.
 //
 // Order: an empty L1 table in free clusters, with its refcounts, sync; one write of the header, sync; the references
-// of the old tables and of the old L1 table are lowered, sync. Up to the switch a crash leaves the image as it was, with a leak;
-// from there on an empty one, whose counts are too high at worst (I1).
+// of the old tables and of the old L1 table are lowered, sync. Up to the switch a crash leaves the image as it was, with
+// a leak; from there on an empty one, whose counts are too high at worst (I1).
 //
-// An error up to the switch gives the new clusters back. One behind it leaves the image empty, and references that
-// could not be lowered are leaks.
+// An error up to the switch gives the new clusters back. One behind it leaves the image empty; references that could not
+// be lowered are tried again by the next write-back.
 func (img *Image) dropTree(ctx context.Context) error {
-	m, a := img.m, img.m.alloc
-	entries := m.l1Entries(img.size.Load())
-	n := m.clusters(8 * entries)
-	run, err := img.takeRun(n)
+	m := img.m
+	w, err := img.newSnapshotWork()
 	if err != nil {
-		return fmt.Errorf("empty L1 table: %w", err)
-	}
-	old, oldRun := m.l1, clusterRun{first: m.l1Off >> m.clusterBits, n: m.clusters(8 * m.l1.n)}
-	off := run.first << m.clusterBits
-	if n > 0 {
-		img.host.enter(OverlapActiveL1, off, n<<m.clusterBits)
-		err = img.host.zero(useL1, off, n<<m.clusterBits)
-	}
-	if err == nil {
-		err = img.writeCut() // syncs
-	}
-	if err == nil {
-		err = ctx.Err()
-	}
-	if err == nil && img.wb.test.emptyOrder == emptyLowerEarly {
-		err = img.lowerTree(old)
-		old = newTable(old.n)
-	}
-	if err == nil {
-		err = img.pausingUnlessTested(func() error {
-			if err := img.switchHeader(encodeL1Fields(uint32(entries), off)); err != nil {
-				return err
-			}
-			img.mu.Lock()
-			defer img.mu.Unlock()
-			img.setEmptyL1(uint32(entries), off)
-			img.refreshInfo()
-			return nil
-		})
-	}
-	if err != nil {
-		img.host.leave(OverlapActiveL1, off, n<<m.clusterBits)
-		img.mu.Lock()
-		defer img.mu.Unlock()
-		a.undo(run)
-		img.wb.lowered = true
 		return err
 	}
-	img.host.leave(OverlapActiveL1, oldRun.first<<m.clusterBits, oldRun.n<<m.clusterBits)
-	img.mu.Lock()
-	err = img.releaseNow([]freedRun{{oldRun, dropSnapshot}})
-	img.mu.Unlock()
-	if err = errors.Join(err, img.lowerTree(old)); err != nil {
-		return fmt.Errorf("the image is empty, but not all space is free: %w", err)
-	}
-	return img.host.sync()
-}
-
-// takeRun allocates n clusters in one run, and has their refcounts written, which a sync then makes durable.
-func (img *Image) takeRun(n uint64) (clusterRun, error) {
-	if n == 0 {
-		return clusterRun{}, nil
-	}
-	a := img.m.alloc
-	img.mu.Lock()
-	defer img.mu.Unlock()
-	r, err := a.find(a.one, n, n)
-	if err == nil {
-		err = a.raise(r)
-	}
+	old, err := img.collectTree(ctx, m.l1, m.l1Off, math.MaxUint64, w.size)
 	if err != nil {
-		return clusterRun{}, err
+		return err
 	}
-	if err = a.writeBack(); err != nil {
-		a.undo(r)
-	}
-	return r, err
-}
-
-// lowerTree takes one reference back from every cluster that the L1 table old refers to, through L2 tables or as one,
-// and has all refcounts written. What is no sound reference is passed over: what it names stays as it is.
-func (img *Image) lowerTree(old *table) error {
-	m := img.m
-	buf := getBuffer(m.clusterSize)
-	defer putBuffer(buf)
-	var errs []error
-	for _, chunk := range old.all() {
-		for j := range chunk {
-			off := old.at(chunk, j) & offsetMask
-			if off == 0 || m.offsetInCluster(off) != 0 {
-				continue
-			}
-			if err := img.lowerTable(off, *buf); err != nil && len(errs) == 0 {
-				errs = append(errs, err)
-			}
-		}
-	}
+	oldL1 := clusterRun{first: m.l1Off >> m.clusterBits, n: m.clusters(m.l1.n * l1EntrySize)}
+	old.refs.addRun(oldL1, 1)
 	img.mu.Lock()
-	defer img.mu.Unlock()
-	img.wb.lowered = true
-	return errors.Join(append(errs, m.alloc.writeBack())...)
-}
-
-// isMetadata reports whether a cluster of r is known as metadata of another kind than own. An entry that names it as
-// something else is none that may be believed.
-func (img *Image) isMetadata(r clusterRun, own OverlapKinds) bool {
-	h := img.host
-	if h.watched == 0 {
-		return false
+	err = m.alloc.surveyRefs(ctx, old.refs, bulkLower)
+	img.mu.Unlock()
+	if err != nil {
+		return err
 	}
-	kinds, _ := h.metadata.query(r.first<<img.m.clusterBits, r.n<<img.m.clusterBits, h.watched&^own)
-	return kinds != 0
-}
-
-// entryIn returns entry i of the L2 table p, as it stands on disk.
-func (r *entryRules) entryIn(p []byte, i uint64) l2Entry {
-	p = p[i<<r.l2EntryBits:]
-	e := l2Entry{word: binary.BigEndian.Uint64(p)}
-	if r.extendedL2 {
-		e.bitmap = binary.BigEndian.Uint64(p[8:])
+	if err := img.replaceL1(ctx, w, old); err != nil {
+		w.giveBack()
+		return err
 	}
-	return e
+	img.host.leave(OverlapActiveL1, oldL1.first<<m.clusterBits, oldL1.n<<m.clusterBits)
+	if err := w.lower(old, false); err != nil {
+		return fmt.Errorf("the image is empty, but not all of its clusters are free: %w", err)
+	}
+	return nil
 }
 
-// lowerTable takes one reference back from the L2 table at host offset off and from everything in it. buf is one
-// cluster.
-func (img *Image) lowerTable(off uint64, buf []byte) error {
+// replaceL1 switches from the L1 table of old to an empty one.
+func (img *Image) replaceL1(ctx context.Context, w *snapshotWork, old *refTree) error {
 	m := img.m
-	if err := img.host.readFull(buf, off); err != nil {
-		return fmt.Errorf("L2 table: %w", err)
-	}
-	var runs []freedRun
-	add := func(r clusterRun, own OverlapKinds) {
-		for ; r.n > 0 && img.isMetadata(r, own); r.first, r.n = r.first+1, r.n-1 {
-			if one := (clusterRun{first: r.first, n: 1}); !img.isMetadata(one, own) {
-				runs = append(runs, freedRun{one, dropSnapshot})
-			}
+	entries := m.l1Entries(img.size.Load())
+	off := uint64(0)
+	if n := m.clusters(entries * l1EntrySize); n > 0 {
+		r, err := w.take(n, OverlapActiveL1)
+		if err != nil {
+			return fmt.Errorf("empty L1 table: %w", err)
 		}
-		if r.n > 0 {
-			runs = append(runs, freedRun{r, dropSnapshot})
+		off = r.first << m.clusterBits
+		if err := img.host.zero(useL1, off, n<<m.clusterBits); err != nil {
+			return fmt.Errorf("empty L1 table: %w", err)
 		}
 	}
-	var run clusterRun
-	for i := range uint64(1) << m.l2Bits {
-		e := m.entryIn(buf, i)
-		if m.kind(e, 0) == kindInvalid {
-			continue
-		}
-		r := m.held(e)
-		if r.n > 0 && run.n > 0 && run.first+run.n == r.first {
-			run.n += r.n
-			continue
-		}
-		if r.n > 0 {
-			add(run, 0)
-			run = r
-		}
+	if err := w.bringOut(); err != nil {
+		return err
 	}
-	add(run, 0)
-	img.host.leave(OverlapActiveL2, off, m.clusterSize)
-	add(clusterRun{first: off >> m.clusterBits, n: 1}, OverlapInactiveL2)
-	img.mu.Lock()
-	defer img.mu.Unlock()
-	return img.releaseNow(runs)
-}
-
-// releaseNow takes references back whose drop is durable, and that no request uses, and gives the space that becomes free
-// back to the host, if that is wanted. What an error keeps from being released stays for the next time. The metadata lock
-// is held, and let go while the host works.
-func (img *Image) releaseNow(runs []freedRun) error {
-	if img.discard.passes(dropSnapshot) {
-		img.wb.punches = append(img.wb.punches, runs...)
-		return img.punchDropped()
+	if err := ctx.Err(); err != nil {
+		return err
 	}
-	rest, err := img.m.alloc.release(runs)
-	img.wb.punches = append(img.wb.punches, rest...)
-	return err
+	if img.wb.test.emptyOrder == emptyLowerEarly {
+		_, _ = w.applyRefs(old.refs, bulkLower, math.MaxUint64)
+		old.refs = newRefWords()
+	}
+	return img.pausingUnlessTested(func() error {
+		if err := img.switchHeader(encodeL1Fields(uint32(entries), off)); err != nil {
+			return err
+		}
+		img.mu.Lock()
+		defer img.mu.Unlock()
+		img.setEmptyL1(uint32(entries), off)
+		img.refreshInfo()
+		w.runs = nil
+		return nil
+	})
 }

@@ -203,7 +203,7 @@ func TestMakeEmptyQEMU(t *testing.T) {
 func TestMakeEmptyCost(t *testing.T) {
 	ops := func(t *testing.T, fill func(img *Image)) (int64, int64) {
 		s := &hookStorage{Storage: NewMemoryStorage()}
-		img, err := CreateStorage(s, 1<<30, &CreateOptions{ClusterSize: 4096})
+		img, err := CreateStorage(s, 256<<20, &CreateOptions{ClusterSize: 1024})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -226,17 +226,17 @@ func TestMakeEmptyCost(t *testing.T) {
 	content(p, 1)
 	// Both are larger than what the first refcount block describes, for which no other is needed.
 	few, fewSyncs := ops(t, func(img *Image) {
-		for off := int64(0); off < 12<<20; off += 1 << 20 {
+		for off := int64(0); off < 4<<20; off += 1 << 20 {
 			mustWrite(t, img, p, off)
 		}
 	})
 	many, manySyncs := ops(t, func(img *Image) {
-		for off := int64(0); off < 1<<30; off += 8 << 20 {
+		for off := int64(0); off < 256<<20; off += 8 << 20 {
 			mustWrite(t, img, p, off)
 		}
 	})
 	if few != many || fewSyncs != manySyncs {
-		t.Errorf("%d host operations and %d syncs for 12 MiB, %d and %d for 128 MiB", few, fewSyncs, many, manySyncs)
+		t.Errorf("%d host operations and %d syncs for 4 MiB, %d and %d for 32 MiB", few, fewSyncs, many, manySyncs)
 	}
 	t.Logf("%d host operations, %d of them syncs", many, manySyncs)
 }
@@ -385,7 +385,7 @@ func TestMakeEmptyFullDevice(t *testing.T) {
 	const cs, size = 512, 64 << 10
 	refused := 0
 	for spare := range 8 {
-		dev := crashtest.NewDevice(nil, 4<<20)
+		dev := crashtest.NewDevice(nil, 256<<10)
 		img, err := CreateStorage(crashStorage{dev}, size, &CreateOptions{ClusterSize: cs, Overwrite: true})
 		if err != nil {
 			t.Fatal(err)

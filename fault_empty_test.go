@@ -5,10 +5,26 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"testing"
 
 	"github.com/go-qcow2/qcow2/internal/crashtest"
 )
+
+// allFaultsEnv asks the tests of MakeEmpty and Commit for a fault at every operation, in every way. Otherwise they leave
+// most of the pairs out, others in each scenario.
+//
+//	QCOW2_ALL_FAULTS=1 go test -run 'TestMakeEmptyFaults|TestCommitFaults' -v .
+const allFaultsEnv = "QCOW2_ALL_FAULTS"
+
+// faultStride returns at which operation the faults of the i-th plan of the k-th scenario begin, and how many later the
+// next one is.
+func faultStride(k, i int) (first, stride int) {
+	if os.Getenv(allFaultsEnv) != "" {
+		return 0, 1
+	}
+	return (3*k + 5*i) % 13, 13
+}
 
 // TestMakeEmptyFaults fails every host operation of a MakeEmpty, in every way of faultPlans. Afterwards the guest sees all
 // of the old content or all of what lies below; what is in memory matches the disk, the image takes writes and can be
@@ -17,13 +33,13 @@ import (
 // Of the traps of 2014 this is two: refcounts in memory that no longer match after a failure, and an image that an error
 // makes unusable.
 func TestMakeEmptyFaults(t *testing.T) {
-	for _, sc := range emptyScenarios() {
+	for k, sc := range emptyScenarios() {
 		t.Run(sc.name, func(t *testing.T) {
 			t.Parallel()
 			disks, content := sc.build(t)
 			e := &emptyFaults{sc: &sc, disks: disks, old: content, emptied: sc.emptied(disks)}
-			for _, plan := range faultPlans(&sc) {
-				for at := 0; ; at++ {
+			for i, plan := range faultPlans(&sc) {
+				for at, stride := faultStride(k, i); ; at += stride {
 					name := fmt.Sprintf("%s at %d", plan.name, at)
 					met := false
 					t.Run(name, func(t *testing.T) { met = e.run(t, &plan, at) })
@@ -33,7 +49,7 @@ func TestMakeEmptyFaults(t *testing.T) {
 				}
 			}
 			t.Logf("%d runs: %d emptied, %d as before, %d failed for good", e.runs, e.done, e.before, e.failed)
-			if e.done == 0 || e.before == 0 || e.failed == 0 {
+			if os.Getenv(allFaultsEnv) != "" && (e.done == 0 || e.before == 0 || e.failed == 0) {
 				t.Error("one of these never happened")
 			}
 		})

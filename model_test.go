@@ -303,6 +303,7 @@ type modelRun struct {
 	f     *modelFiles
 	img   *Image
 	model *sparseBytes
+	snaps []modelSnapshot
 	stats modelStats
 	got   []byte
 	want  []byte
@@ -389,6 +390,9 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 	if err := r.compareAll(other.ReadAt); err != nil {
 		return fmt.Errorf("by the independent reader, after close: %w", err)
 	}
+	if err := r.finishSnapshots(src); err != nil {
+		return fmt.Errorf("by the independent reader, after close: %w", err)
+	}
 	if r.c.layout == layoutRawData {
 		if err := r.compareAll(r.f.data.ReadAt); err != nil {
 			return fmt.Errorf("the raw data file alone: %w", err)
@@ -398,6 +402,17 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 		return judge(r.f)
 	}
 	return nil
+}
+
+// countTables counts the L2 tables of the disk, the most that it has had when it was asked.
+func (r *modelRun) countTables() {
+	n := 0
+	for i := range r.img.m.l1.n {
+		if r.img.m.l1.load(i) != 0 {
+			n++
+		}
+	}
+	r.stats.tables = max(r.stats.tables, n)
 }
 
 // compareAll reads the disk through read and compares it with the model: on a small disk all of it, on
@@ -489,6 +504,8 @@ func (r *modelRun) do(o op) error {
 		return r.empty()
 	case opCommit:
 		return r.commit()
+	case opSnapshot:
+		return r.snapshot(o)
 	case opReopen:
 		r.stats.reopens++
 		if err := r.close(); err != nil {

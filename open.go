@@ -105,8 +105,8 @@ func (o *OpenOptions) validate() error {
 	return errors.Join(errs...)
 }
 
-// maxChainDepth bounds Limits.ChainDepth: the cache tells images apart by 15 bits, and two openings of one image by
-// another.
+// maxChainDepth bounds Limits.ChainDepth: the cache tells images apart by 16 bits, of which it gives out half the numbers
+// itself (takeID).
 const maxChainDepth = 1<<15 - 1
 
 // maxCacheBytes bounds the caches: beyond it lies more than any image's tables that are in use at once.
@@ -197,7 +197,7 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	if err := c.enter(s, o.Limits); err != nil {
 		return err
 	}
-	img.opened = o
+	img.openedWith = o
 	id := uint16(c.depth)
 	locked, err := lockStorage(s, lockRole(LockReader, LockWriter, o), o.Lock)
 	if err != nil {

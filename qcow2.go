@@ -25,7 +25,7 @@ type Image struct {
 	codec codec.Type    // of compressed clusters; immutable after open
 	info  Info          // guarded by mu
 
-	opened OpenOptions // with defaults; immutable after open, but what they point to may have changed
+	openedWith OpenOptions // with defaults; immutable after open, but what they point to may have changed
 
 	below     backing // changes while no request is registered; read by who is one
 	ownsHost  bool
@@ -37,6 +37,9 @@ type Image struct {
 	discard   DiscardMode // OpenOptions.Discard; immutable after open
 	noUnref   bool        // OpenOptions.DiscardNoUnref; immutable after open
 	snapshots []snapshot  // guarded by mu
+
+	opened   map[*SnapshotDisk]struct{} // snapshots that are open; guarded by mu
+	deleting *snapshotKey               // the snapshot that is being deleted, or nil; guarded by mu
 
 	reqs    *requests
 	mu      sync.Mutex // the metadata lock: mapper and allocator
@@ -383,6 +386,7 @@ func (img *Image) Close() error {
 	if img.closed.Swap(true) {
 		return fmt.Errorf("qcow2: close: %w", fs.ErrClosed)
 	}
+	img.closeSnapshots()
 	img.reqs.drain()
 	var err error
 	if !img.readOnly.Load() {
@@ -401,6 +405,7 @@ func (img *Image) Abandon() error {
 	if img.closed.Swap(true) {
 		return fmt.Errorf("qcow2: abandon: %w", fs.ErrClosed)
 	}
+	img.closeSnapshots()
 	img.reqs.drain()
 	img.wb.stop()
 	if err := img.release(); err != nil {

@@ -288,7 +288,7 @@ func (n *creation) open(c *chain) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	img.ownsData, img.below.owned = n.ownsData, n.below.owned
+	img.ownsData, img.below.owned, img.below.ref = n.ownsData, n.below.owned, n.below.ref
 	return img, nil
 }
 

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 )
 
@@ -135,13 +136,21 @@ func (img *Image) mapped(off, n uint64) (extent, error) {
 // extentsBelow yields the state of e's range, which the image does not hold, from the backing disk. It
 // reports whether to go on.
 func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
-	if img.below.missing != nil {
-		yield(Extent{}, img.below.missing)
+	below := img.lower()
+	if below.missing != nil {
+		yield(Extent{}, below.missing)
 		return false
 	}
 	end := e.Off + e.Len
-	if img.below.disk != nil {
-		for b, err := range extentsOf(img.below.disk, e.Off, e.Len) {
+	for again := below.disk != nil; again; {
+		again = false
+		for b, err := range extentsOf(below.disk, e.Off, end-e.Off) {
+			if errors.Is(err, fs.ErrClosed) {
+				if now := img.lower(); now.disk != below.disk {
+					below, again = now, true // a Commit has put another one into its place
+					break
+				}
+			}
 			if err == nil && (b.Off != e.Off || b.Len <= 0 || b.Len > end-b.Off) {
 				err = errBadExtents
 			}

@@ -500,6 +500,10 @@ func (r *modelRun) do(o op) error {
 		return r.walk(false)
 	case opWalk:
 		return r.walk(false)
+	case opEmpty:
+		return r.empty()
+	case opCommit:
+		return r.commit()
 	case opSnapshot:
 		return r.snapshot(o)
 	case opReopen:

@@ -25,10 +25,12 @@ type Image struct {
 	codec codec.Type    // of compressed clusters; immutable after open
 	info  Info          // guarded by mu
 
-	below     backing
+	openedWith OpenOptions // with defaults; immutable after open, but what they point to may have changed
+
+	below     backing // changes while no request is registered; read by who is one
 	ownsHost  bool
 	ownsData  bool
-	readOnly  bool
+	readOnly  atomic.Bool // a Commit writes its base for a while
 	checkOnly bool        // only Check works; there is no mapper
 	repairs   bool        // Check may repair, although nothing else may write
 	lazy      bool        // refcounts may lag behind on disk, under the dirty bit
@@ -86,8 +88,15 @@ func (img *Image) Info() Info {
 	return info
 }
 
-// Backing returns the disk below the image, or nil.
-func (img *Image) Backing() Disk { return img.below.disk }
+// Backing returns the disk below the image, or nil. Commit closes what it returned and puts another disk into its
+// place.
+func (img *Image) Backing() Disk { return img.lower().disk }
+
+// lower returns what lies below the image now.
+func (img *Image) lower() backing {
+	defer img.reqs.leave(img.reqs.enter())
+	return img.below
+}
 
 // Snapshots returns the internal snapshots in the order of the snapshot table.
 func (img *Image) Snapshots() []Snapshot {
@@ -279,7 +288,7 @@ func (img *Image) writable() error {
 		return fs.ErrClosed
 	case img.checkOnly:
 		return ErrCheckOnly
-	case img.readOnly:
+	case img.readOnly.Load():
 		return ErrReadOnly
 	}
 	return img.host.failure()
@@ -360,7 +369,7 @@ func (img *Image) Sync() error {
 	if img.closed.Load() {
 		return fmt.Errorf("qcow2: sync: %w", fs.ErrClosed)
 	}
-	if img.readOnly {
+	if img.readOnly.Load() {
 		return nil
 	}
 	if err := img.flush(); err != nil {
@@ -380,7 +389,7 @@ func (img *Image) Close() error {
 	img.closeSnapshots()
 	img.reqs.drain()
 	var err error
-	if !img.readOnly {
+	if !img.readOnly.Load() {
 		err = img.finish()
 		img.wb.stop()
 	}

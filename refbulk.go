@@ -80,6 +80,9 @@ func sortTables(tables []treeTable) []treeTable {
 
 // count counts the references of L2 table tab, which is p.
 func (t *refTree) count(r *entryRules, tab treeTable, p []byte) error {
+	if r.external {
+		return nil // what it maps is in the data file, and has no refcounts
+	}
 	stride := 1 << r.l2EntryBits
 	var run clusterRun
 	next := uint64(0) // the entry that would continue the run with the same flags, which most do; 0: none

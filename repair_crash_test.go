@@ -796,3 +796,37 @@ func TestRepairTwoEntries(t *testing.T) {
 		})
 	}
 }
+
+// TestRepairTooMuch repairs an image whose parting would take more copies than a repair makes: the findings stay, the
+// bits that keep writers out too, and a second repair changes nothing.
+func TestRepairTooMuch(t *testing.T) {
+	const clusterSize = 2 << 20
+	sc := faultScenario{size: 8 << 20, create: CreateOptions{ClusterSize: clusterSize, DataFile: "data"}, prepare: []faultStep{{'w', 0, 1000}}}
+	disks, _ := sc.build(t)
+	im := &hostileImage{b: disks["image"].Bytes()}
+	var err error
+	if im.h, err = readHeader(bytes.NewReader(im.b), int64(len(im.b))); err != nil {
+		t.Fatal(err)
+	}
+	im.g = im.h.geometry()
+	entries := uint64(maxPartBytes/clusterSize + 2)
+	im.put(fieldL1Size, 4, entries)
+	for i := range entries {
+		im.put(im.l1(i), 8, im.u64(im.l1(0)))
+	}
+	im.b[fieldIncompatible+7] |= incompatCorrupt
+	d := crashtest.NewDisk(im.b)
+	res, err := repairStorage(crashStorage{d}, RepairAll)
+	if err != nil || res.Unreadable != int64(entries-1) || d.Bytes()[fieldIncompatible+7]&incompatCorrupt == 0 {
+		t.Errorf("repair: %+v, %v, bits %#x", res, err, d.Bytes()[fieldIncompatible+7])
+	}
+	once := d.Bytes()
+	if res, err = repairStorage(crashStorage{d}, RepairAll); err != nil || res.Unreadable != int64(entries-1) || !bytes.Equal(once, d.Bytes()) {
+		t.Errorf("a second repair: %+v, %v, changed %v", res, err, !bytes.Equal(once, d.Bytes()))
+	}
+	im.put(fieldL1Size, 4, 4) // few enough
+	d = crashtest.NewDisk(im.b)
+	if res, err = repairStorage(crashStorage{d}, RepairAll); err != nil || !res.Clean() || d.Bytes()[fieldIncompatible+7]&incompatCorrupt != 0 {
+		t.Errorf("repair of few: %+v, %v", res, err)
+	}
+}

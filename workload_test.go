@@ -23,6 +23,8 @@ const (
 	opSync    opKind = "sync"
 	opWalk    opKind = "walk" // the independent walk over the bytes as they stand, without a sync
 	opReopen  opKind = "reopen"
+	opEmpty   opKind = "empty"   // MakeEmpty
+	opCommit  opKind = "commit"  // Commit
 	opDiscard opKind = "discard" // discard off n
 	opZero    opKind = "zero"    // zero off n: WriteZeroes
 	opUnmap   opKind = "unmap"   // unmap off n: WriteZeroes with ZeroMayUnmap
@@ -39,7 +41,11 @@ type op struct {
 
 // ranged reports whether the operation has a range.
 func (o op) ranged() bool {
-	return o.kind != opSync && o.kind != opWalk && o.kind != opReopen && o.kind != opSnapshot
+	switch o.kind {
+	case opSync, opWalk, opReopen, opSnapshot, opEmpty, opCommit:
+		return false
+	}
+	return true
 }
 
 // seeded reports whether the operation has a seed.
@@ -70,6 +76,7 @@ func parseOp(line string) (op, error) {
 	switch o.kind {
 	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
 	case opDiscard, opZero, opUnmap, opSnapshot:
+	case opEmpty, opCommit:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -433,6 +440,9 @@ func (g *generator) op() op {
 	case k < 95:
 		return op{kind: opSync} // 7 %, so that every run has its 5
 	case k < 98:
+		if g.rng.IntN(6) == 0 {
+			return g.emptying()
+		}
 		return op{kind: opReopen}
 	case k < 99:
 		// Past the end: refused, nothing is written.

@@ -7,6 +7,7 @@
 //	         space is lost and nothing else, 63 if the format has nothing to check
 //	convert  a disk into another format
 //	map      where the content of a disk lies
+//	commit   what an image holds, into its backing file
 //	snapshot lists, applies, creates and deletes internal snapshots
 //
 // Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
@@ -60,6 +61,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceUsage:  true,
 	}
 	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), snapshotCommand())
+	root.AddCommand(commitCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)

@@ -182,6 +182,9 @@ func crashWorkloads() []crashWorkload {
 			if c.create.DataFile == "" {
 				c.compressed = 20
 			}
+			if c.backing == "" && rng.IntN(3) > 0 {
+				c.create.Preallocation = Preallocation(1 + rng.IntN(3))
+			}
 		}},
 	}
 }

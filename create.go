@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -511,31 +510,22 @@ func (l *layout) writeRefcounts() error {
 	bits := l.g.clusterBits
 	buf := l.g.bulkBuffer(l.rc.blocks)
 	ones := uint64(0) // bytes of buf that are known to hold ones
-	err := l.h.writeBulk(useRefcountBlock, buf, l.blocks<<bits, l.rc.blocks<<bits, func(p []byte, pos uint64) {
+	err := l.h.writeBulk(useRefcountBlock, buf, l.blocks<<bits, l.rc.blocks<<bits, func(p []byte, pos uint64) error {
 		at := pos * 8 >> l.g.refcountOrder
 		left := max(l.end, at) - at
 		if n := uint64(len(p)); n*8>>l.g.refcountOrder > left || ones < n {
 			fillRefcounts(p, l.g.refcountOrder, left)
 			ones = n
 		}
+		return nil
 	})
 	if err != nil {
 		return err
 	}
-	return l.h.writeBulk(useRefcountTable, l.g.bulkBuffer(l.rc.tableClusters), l.table<<bits, l.rc.tableClusters<<bits, func(p []byte, pos uint64) {
-		l.fillPointers(p, pos/8, l.rc.blocks, l.blocks<<bits)
+	return l.h.writeBulk(useRefcountTable, l.g.bulkBuffer(l.rc.tableClusters), l.table<<bits, l.rc.tableClusters<<bits, func(p []byte, pos uint64) error {
+		l.g.fillPointers(p, pos/8, l.rc.blocks, l.blocks<<bits)
+		return nil
 	})
-}
-
-// fillPointers fills p, which begins with entry first of a table, with the offsets of n clusters from off on.
-func (l *layout) fillPointers(p []byte, first, n, off uint64) {
-	for i := uint64(0); i < uint64(len(p))/8; i++ {
-		v := uint64(0)
-		if first+i < n {
-			v = off + (first+i)<<l.g.clusterBits
-		}
-		binary.BigEndian.PutUint64(p[8*i:], v)
-	}
 }
 
 // writeL1 writes the L1 table, whose entries are zero, or have their L2 tables behind it.
@@ -549,8 +539,9 @@ func (l *layout) writeL1() error {
 		}
 	}
 	n := l.l2 - l.l1
-	return l.h.writeBulk(useL1, l.g.bulkBuffer(n), l.l1<<bits, n<<bits, func(p []byte, pos uint64) {
-		l.fillPointers(p, pos/8, l.l2Tables, l.l2<<bits|flagCopied)
+	return l.h.writeBulk(useL1, l.g.bulkBuffer(n), l.l1<<bits, n<<bits, func(p []byte, pos uint64) error {
+		l.g.fillPointers(p, pos/8, l.l2Tables, l.l2<<bits|flagCopied)
+		return nil
 	})
 }
 
@@ -558,10 +549,11 @@ func (l *layout) writeL1() error {
 func (l *layout) writeL2(h *header, e l2Entry) error {
 	r := entryRules{geometry: l.g, external: h.hasDataFile()}
 	total := l.g.clusters(h.virtualSize())
-	return l.h.writeBulk(useL2, l.g.bulkBuffer(l.l2Tables), l.l2<<l.g.clusterBits, l.l2Tables<<l.g.clusterBits, func(p []byte, pos uint64) {
+	return l.h.writeBulk(useL2, l.g.bulkBuffer(l.l2Tables), l.l2<<l.g.clusterBits, l.l2Tables<<l.g.clusterBits, func(p []byte, pos uint64) error {
 		first := pos >> l.g.l2EntryBits
 		n := min(uint64(len(p))>>l.g.l2EntryBits, total-first)
 		clear(p[n<<l.g.l2EntryBits:])
 		r.putRun(p, 0, n, l2Entry{word: e.word + first<<l.g.clusterBits, bitmap: e.bitmap})
+		return nil
 	})
 }

@@ -83,8 +83,7 @@ func newHeader(size uint64, o *CreateOptions) (*header, error) {
 	g := h.geometry()
 	entries := g.l1Entries(size)
 	if entries > maxL1Bytes/l1EntrySize {
-		return nil, fmt.Errorf("%w: %w", ErrTooLarge, &OptionError{"size", size,
-			fmt.Sprintf("at most %#x bytes with clusters of %d", uint64(maxL1Bytes/l1EntrySize)<<(g.clusterBits+g.l2Bits), clusterSize)})
+		return nil, tooLarge(&g, size)
 	}
 	h.l1Size = uint32(entries)
 	return h, nil

@@ -10,6 +10,10 @@ type testHooks struct {
 	headerFirst      bool // switch the header before the refcount table is durable: breaks I3
 	reuseImmediately bool // hand out clusters whose drop is not durable: breaks I4
 
+	growSwitchFirst bool // switch to the larger disk before its tables, and its zeros, are durable: breaks I3, I2
+	shrinkDropFirst bool // drop what a shrink loses before the smaller size is durable: breaks I5
+	truncateFirst   bool // cut the file before the entries that name what goes are cleared: breaks I3
+
 	repairSkip repairSync // the sync of a repair that is left out
 }
 

@@ -45,17 +45,31 @@ func (g *geometry) bulkBuffer(n uint64) []byte {
 }
 
 // writeBulk writes the n bytes of tables at host offset off in large pieces: fill fills in each, which begins
-// pos bytes behind off.
-func (h *hostFile) writeBulk(use clusterUse, buf []byte, off, n uint64, fill func(p []byte, pos uint64)) error {
+// pos bytes behind off. An error of fill ends it.
+func (h *hostFile) writeBulk(use clusterUse, buf []byte, off, n uint64, fill func(p []byte, pos uint64) error) error {
 	for pos := uint64(0); pos < n; {
 		p := buf[:min(uint64(len(buf)), n-pos)]
-		fill(p, pos)
+		if err := fill(p, pos); err != nil {
+			return err
+		}
 		if err := h.write(use, p, off+pos); err != nil {
 			return err
 		}
 		pos += uint64(len(p))
 	}
 	return nil
+}
+
+// fillPointers fills p, which begins with entry first of a table of pointers, with those to n clusters from off on,
+// and zeros behind them.
+func (g *geometry) fillPointers(p []byte, first, n, off uint64) {
+	for i := uint64(0); i < uint64(len(p))/8; i++ {
+		v := uint64(0)
+		if first+i < n {
+			v = off + (first+i)<<g.clusterBits
+		}
+		binary.BigEndian.PutUint64(p[8*i:], v)
+	}
 }
 
 // fillRefcounts fills p with refcounts of 2^order bits: one for the first n, zero for the rest.

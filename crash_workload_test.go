@@ -45,6 +45,9 @@ type crashConfig struct {
 	compressed int // percent of the operations that are WriteCompressed
 	sync       int // percent that are Sync
 	reopen     int // percent that are Close and a new open
+	resize     int // percent that are Resize
+
+	most int64 // the largest size that a resize gives the disk, in bytes
 
 	test testHooks
 }
@@ -53,10 +56,10 @@ type crashConfig struct {
 func (c *crashConfig) String() string {
 	return fmt.Sprintf("workload %s seed %d: cluster %d, refcount bits %d, version %d, size %#x, extended %t, %v, lazy %t, "+
 		"backing %q, data file %t (raw %t), device %t, tiny caches %t, fill %.2f (a third %t), packed %.2f, snapshot %t, zeros %t, full %t, edge %t, "+
-		"create %t, overwrite %t, writers %d",
+		"create %t, overwrite %t, writers %d, resizes up to %#x",
 		c.workload, c.seed, c.create.ClusterSize, c.create.RefcountBits, c.create.Version, c.size, c.create.ExtendedL2, c.create.Compression,
 		c.create.LazyRefcounts, c.backing, c.create.DataFile != "", c.create.DataFileRaw, c.device, c.tiny, c.fill, c.third, c.packed,
-		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers)
+		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers, c.most)
 }
 
 // crashWorkloads are the workloads. Together they hold what docs/GUARANTEES.md speaks of: allocation, rewriting
@@ -81,7 +84,7 @@ func crashWorkloads() []crashWorkload {
 		}
 	}
 	all := []int{1, 2, 4, 8, 16, 32, 64}
-	return []crashWorkload{
+	return append([]crashWorkload{
 		{"allocate", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
 			c.fill, c.third = rng.Float64(), true
@@ -186,7 +189,7 @@ func crashWorkloads() []crashWorkload {
 				c.create.Preallocation = Preallocation(1 + rng.IntN(3))
 			}
 		}},
-	}
+	}, resizeCrashWorkload(basic, all))
 }
 
 // newCrashConfig returns the configuration of a workload and seed. The seed's parity alternates regular
@@ -288,7 +291,8 @@ type crashRun struct {
 	oldImage     []byte          // with overwrite, the old image file
 	snap         []byte          // what the internal snapshot reads; nil without
 
-	refused int // writes that failed for lack of space; of a single writer
+	cur     int64 // the disk's size now, where it is resized
+	refused int   // writes that failed for lack of space; of a single writer
 
 	mu    sync.Mutex
 	seq   int      // numbers of writes, syncs; guarded by mu
@@ -306,7 +310,7 @@ func (r *crashRun) next(format string, args ...any) int {
 
 // newCrashRun builds the files of a configuration, with what they hold when the record begins.
 func newCrashRun(c *crashConfig) (*crashRun, error) {
-	r := &crashRun{crashConfig: c, rec: crashtest.NewRecorder()}
+	r := &crashRun{crashConfig: c, rec: crashtest.NewRecorder(), cur: c.size}
 	rng := rand.New(rand.NewPCG(c.seed, 2))
 	if err := r.makeBacking(rng); err != nil {
 		return nil, fmt.Errorf("backing file: %w", err)
@@ -377,11 +381,11 @@ func (r *crashRun) openOptions(data Storage) *OpenOptions {
 
 // makeImage makes image and data file. With fromCreate they are empty, or hold an old image.
 func (r *crashRun) makeImage(rng *rand.Rand) error {
-	image := r.hostDisk(3*r.size + 2*int64(r.create.ClusterSize)*8 + crashDeviceSpare)
+	image := r.hostDisk(3*max(r.size, r.most) + 2*int64(r.create.ClusterSize)*8 + crashDeviceSpare)
 	var data *crashtest.Disk
 	var dataStorage Storage
 	if r.create.DataFile != "" {
-		data = r.hostDisk(r.size)
+		data = r.hostDisk(max(r.size, r.most))
 		dataStorage = crashStorage{data}
 	}
 	if !r.fromCreate || r.overwrite {
@@ -640,21 +644,28 @@ func (g *crashGenerator) step(img *Image) error {
 	if k < g.sync {
 		return g.syncWith("sync", img.Sync)
 	}
+	if k -= g.sync; k < g.resize {
+		return g.resizeDisk(img)
+	}
+	k -= g.resize
+	if g.end == g.start {
+		return nil
+	}
 	off := g.start + g.rng.Int64N(g.end-g.start)
 	if g.rng.IntN(10) < 5 {
-		off = g.hot[g.rng.IntN(len(g.hot))]
+		off = min(g.hot[g.rng.IntN(len(g.hot))], g.end-1)
 	}
 	cs := int64(g.create.ClusterSize)
-	if k < g.sync+g.compressed {
+	if k < g.compressed {
 		off = off / cs * cs
-		n := min(cs*int64(1+g.rng.IntN(3)), g.size-off)
+		n := min(cs*int64(1+g.rng.IntN(3)), g.cur-off)
 		// Only whole clusters of the own part, or the disk's last one.
 		if off < g.start {
 			off, n = off+cs, n-cs
 		}
 		if off+n > g.end {
 			n = (g.end - off) / cs * cs
-			if g.end == g.size {
+			if g.end == g.cur {
 				n = g.end - off
 			}
 		}

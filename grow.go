@@ -64,6 +64,11 @@ func (g *growth) run() error {
 	if err != nil {
 		return g.undo(err)
 	}
+	if g.img.wb.test.tailLast {
+		if err := g.zeroTail(); err != nil {
+			return err
+		}
+	}
 	_ = g.img.writeCut() // frees the old L1 table; what fails waits for the next cut
 	return nil
 }
@@ -80,8 +85,10 @@ func (g *growth) prepare() error {
 	if err := g.allocate(); err != nil {
 		return err
 	}
-	if err := g.zeroTail(); err != nil {
-		return fmt.Errorf("zeros behind guest %#x: %w", g.old, err)
+	if !g.img.wb.test.tailLast {
+		if err := g.zeroTail(); err != nil {
+			return fmt.Errorf("zeros behind guest %#x: %w", g.old, err)
+		}
 	}
 	if err := g.fillData(mode); err != nil {
 		return err

@@ -11,8 +11,9 @@ type testHooks struct {
 	reuseImmediately bool // hand out clusters whose drop is not durable: breaks I4
 
 	growSwitchFirst bool // switch to the larger disk before its tables, and its zeros, are durable: breaks I3, I2
-	shrinkDropFirst bool // drop what a shrink loses before the smaller size is durable: breaks I5
-	truncateFirst   bool // cut the file before the entries that name what goes are cleared: breaks I3
+	shrinkDropFirst bool // drop what a shrink loses before the smaller size is durable: breaks I4
+	entriesLast     bool // lower counts and cut the file of a shrink before entries are cleared: breaks I1, I3
+	tailLast        bool // make what stands behind the old end zeros after the switch: breaks I4
 
 	repairSkip repairSync // the sync of a repair that is left out
 }

@@ -387,17 +387,15 @@ func (r *resizing) apply(l1 *table, l1Off uint64) {
 
 // reclaim gives the host space back that guest clusters from first on hold, in the order of shrink.
 func (r *resizing) reclaim(first uint64) error {
-	img, m, t := r.img, r.m, &r.img.wb.test
-	if t.truncateFirst {
-		if err := r.truncateEarly(first); err != nil {
-			return err
-		}
-	}
+	img, m := r.img, r.m
 	if err := r.clearTail(); err != nil {
 		return err
 	}
 	if err := r.drop(first); err != nil {
 		return err
+	}
+	if img.wb.test.entriesLast {
+		return r.reclaimEarly()
 	}
 	if err := r.persist(); err != nil {
 		return err
@@ -410,6 +408,18 @@ func (r *resizing) reclaim(first uint64) error {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	return r.truncateHost()
+}
+
+// reclaimEarly breaks the order of shrink on purpose: counts, refcount table and file change before the entries that
+// name what goes are cleared, as QEMU 7.2 has it.
+func (r *resizing) reclaimEarly() error {
+	a := r.m.alloc
+	r.img.mu.Lock()
+	_, err := a.release(a.freed)
+	a.freed = nil
+	err = errors.Join(err, r.truncateHost())
+	r.img.mu.Unlock()
+	return errors.Join(err, r.persist())
 }
 
 // clearTail makes the rest of the last cluster zeros, where it is the active image's alone: who lets the disk grow
@@ -496,22 +506,6 @@ func (r *resizing) truncateHost() error {
 	}
 	h.pristine.Store(end)
 	return nil
-}
-
-// truncateEarly breaks the order of shrink on purpose: the tail of the refcount table and of the file goes before the
-// entries that name what they describe are cleared.
-func (r *resizing) truncateEarly(first uint64) error {
-	img := r.img
-	off := uint64(math.MaxUint64)
-	for g := first; g < img.m.clusters(r.old); g++ {
-		if x, err := img.m.resolve(g<<img.m.clusterBits, 1); err == nil && x.kind == kindNormal {
-			off = min(off, x.hostOff)
-		}
-	}
-	if off == math.MaxUint64 || img.host.fixed {
-		return nil
-	}
-	return img.host.s.Truncate(int64(off))
 }
 
 // tooLarge returns the error for a disk of size bytes that no L1 table maps.

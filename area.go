@@ -53,6 +53,15 @@ func (a *allocator) findEnd() (trailing, error) {
 	return t, &CorruptError{What: "no cluster has a refcount", HostOff: int64(a.tableOff), GuestOff: noOffset}
 }
 
+// usedEnd returns the cluster behind the last one that has a refcount.
+func (a *allocator) usedEnd() (uint64, error) {
+	t, err := a.findEnd()
+	for _, b := range t.blocks {
+		t.end = max(t.end, a.table.load(b)>>a.g.clusterBits+1)
+	}
+	return t.end, err
+}
+
 // endInBlock returns the cluster behind the last one in use that refcount block b describes, or 0 if only the
 // block itself and idle ones are.
 func (a *allocator) endInBlock(b uint64, idle map[uint64]bool) (uint64, error) {
@@ -110,14 +119,10 @@ func (a *allocator) allocArea(n uint64) (run clusterRun, pristine bool, err erro
 
 // planArea finds the place of an area with a run of n clusters.
 func (a *allocator) planArea(n uint64) (r area, err error) {
-	t, err := a.findEnd()
-	if err != nil {
+	if r.start, err = a.usedEnd(); err != nil {
 		return r, err
 	}
-	r.start, r.first = t.end, a.coveredEnd()
-	for _, b := range t.blocks {
-		r.start = max(r.start, a.table.load(b)>>a.g.clusterBits+1)
-	}
+	r.first = a.coveredEnd()
 	full := fmt.Errorf("allocate %d clusters at host %#x: %w", n, r.start<<a.g.clusterBits, syscall.ENOSPC)
 	if r.start > a.limit || n > a.limit-r.start {
 		return r, full

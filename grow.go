@@ -13,7 +13,7 @@ import (
 //	behind the old end: what stands there is dropped; the rest of the last cluster becomes zeros; data, L2 tables,
 //	refcounts and the new L1 table are written and made durable, L2 and L1 entries after what they name
 //	the new size and, where it moved, the L1 table: one header write, durable
-//	the old L1 table is freed
+//	the old L1 table is freed by the next cut
 //
 // Nothing of the first step is seen while the old size hides it, so a crash before the second is durable leaves the
 // disk as it was, and mapped clusters behind its end, or leaks; a crash after it leaves the new disk, of which
@@ -32,6 +32,7 @@ type growth struct {
 	newTables uint64     // index of the first L1 entry that gets a new L2 table
 	l1        *table     // the new L1 table, or nil
 	dataZero  bool       // the new part of the data file reads as zeros
+	hostSize  int64      // bytes of the image file before
 }
 
 // run makes the disk larger. An error leaves it as it was.
@@ -69,12 +70,14 @@ func (g *growth) run() error {
 			return err
 		}
 	}
-	_ = g.img.writeCut() // frees the old L1 table; what fails waits for the next cut
-	return nil
+	return nil // the next cut frees the old L1 table
 }
 
 // prepare makes everything that the larger disk needs, in memory or on the host, where the old size hides it.
-func (g *growth) prepare() error {
+func (g *growth) prepare() (err error) {
+	if g.hostSize, err = g.img.host.s.Size(); err != nil {
+		return err
+	}
 	if err := g.growData(); err != nil {
 		return fmt.Errorf("data file: %w", err)
 	}
@@ -436,11 +439,27 @@ func (g *growth) undo(err error) error {
 	m.mu.Lock()
 	m.alloc.undo(unlinked)
 	m.alloc.undo(data)
+	end, eerr := m.alloc.usedEnd()
 	m.mu.Unlock()
-	if g.linked > 0 || g.inPlace {
+	switch {
+	case g.linked > 0 || g.inPlace:
 		if derr := g.drop(g.first); derr != nil {
 			return errors.Join(err, fmt.Errorf("undo: %w", derr))
 		}
+	case eerr == nil && !g.img.host.fixed && g.hostSize > 0:
+		// Nothing on disk names what stands behind the end; a full host gets its space back.
+		if n := max(g.hostSize, int64(end<<m.clusterBits)); m.fileSize() > n {
+			_ = g.img.host.s.Truncate(n) // what does not let itself be cut is free space
+		}
 	}
 	return err
+}
+
+// fileSize returns the size of the image file in bytes, or 0 where it cannot be told.
+func (m *mapper) fileSize() int64 {
+	n, err := m.h.s.Size()
+	if err != nil {
+		return 0
+	}
+	return n
 }

@@ -45,21 +45,25 @@ type crashConfig struct {
 	compressed int // percent of the operations that are WriteCompressed
 	sync       int // percent that are Sync
 	reopen     int // percent that are Close and a new open
+	discards   int // percent of the others that are Discard or WriteZeroes
+	discard    DiscardMode
+	noUnref    bool
 	resize     int // percent that are Resize
 
 	most int64 // the largest size that a resize gives the disk, in bytes
 
-	test testHooks
+	script func(g *crashGenerator, img *Image) error // takes the place of the random operations
+	test   testHooks
 }
 
 // String describes the configuration in one line.
 func (c *crashConfig) String() string {
 	return fmt.Sprintf("workload %s seed %d: cluster %d, refcount bits %d, version %d, size %#x, extended %t, %v, lazy %t, "+
 		"backing %q, data file %t (raw %t), device %t, tiny caches %t, fill %.2f (a third %t), packed %.2f, snapshot %t, zeros %t, full %t, edge %t, "+
-		"create %t, overwrite %t, writers %d, resizes up to %#x",
+		"create %t, overwrite %t, writers %d, discards %d %% (mode %d, no unref %t), resizes up to %#x",
 		c.workload, c.seed, c.create.ClusterSize, c.create.RefcountBits, c.create.Version, c.size, c.create.ExtendedL2, c.create.Compression,
 		c.create.LazyRefcounts, c.backing, c.create.DataFile != "", c.create.DataFileRaw, c.device, c.tiny, c.fill, c.third, c.packed,
-		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers, c.most)
+		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers, c.discards, c.discard, c.noUnref, c.most)
 }
 
 // crashWorkloads are the workloads. Together they hold what docs/GUARANTEES.md speaks of: allocation, rewriting
@@ -84,7 +88,7 @@ func crashWorkloads() []crashWorkload {
 		}
 	}
 	all := []int{1, 2, 4, 8, 16, 32, 64}
-	return append([]crashWorkload{
+	workloads := []crashWorkload{
 		{"allocate", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
 			c.fill, c.third = rng.Float64(), true
@@ -189,7 +193,10 @@ func crashWorkloads() []crashWorkload {
 				c.create.Preallocation = Preallocation(1 + rng.IntN(3))
 			}
 		}},
-	}, resizeCrashWorkload(basic, all))
+	}
+	workloads = append(workloads, crashDiscardWorkloads(workloads)...)
+	workloads = append(workloads, resizeCrashWorkload(basic, all))
+	return workloads
 }
 
 // newCrashConfig returns the configuration of a workload and seed. The seed's parity alternates regular
@@ -372,7 +379,7 @@ func (r *crashRun) record(name string, content []byte) *crashtest.File {
 
 // openOptions returns the options of a writable open with these files.
 func (r *crashRun) openOptions(data Storage) *OpenOptions {
-	o := &OpenOptions{ReadWrite: true, Backing: r.backingDisk, DataFile: data, test: r.test}
+	o := &OpenOptions{ReadWrite: true, Backing: r.backingDisk, DataFile: data, test: r.test, Discard: r.discard, DiscardNoUnref: r.noUnref}
 	if r.tiny {
 		o.L2CacheBytes, o.RefcountCacheBytes = 1, 1
 	}
@@ -561,6 +568,12 @@ func (r *crashRun) perform() error {
 		return r.syncWith("close", img.Close)
 	}
 	g := newCrashGenerator(r, rng, 0, r.size)
+	if r.script != nil {
+		if err := r.script(g, img); err != nil {
+			return err
+		}
+		return r.syncWith("close", img.Close)
+	}
 	for range r.ops {
 		if rng.IntN(100) < r.reopen {
 			if err := r.syncWith("close", img.Close); err != nil {
@@ -650,6 +663,9 @@ func (g *crashGenerator) step(img *Image) error {
 	k -= g.resize
 	if g.end == g.start {
 		return nil
+	}
+	if g.discards > 0 && g.rng.IntN(100) < g.discards {
+		return g.zeroing(img)
 	}
 	off := g.start + g.rng.Int64N(g.end-g.start)
 	if g.rng.IntN(10) < 5 {

@@ -9,6 +9,8 @@ type testHooks struct {
 	hookFirst        bool // write a refcount table entry before its block is durable: breaks I3
 	headerFirst      bool // switch the header before the refcount table is durable: breaks I3
 	reuseImmediately bool // hand out clusters whose drop is not durable: breaks I4
+	punchEarly       bool // punch clusters before their drop is durable: breaks I4
+	punchLate        bool // punch clusters after they were released: breaks I4
 
 	growSwitchFirst bool // switch to the larger disk before its tables, and its zeros, are durable: breaks I3, I2
 	shrinkDropFirst bool // drop what a shrink loses before the smaller size is durable: breaks I4
@@ -22,12 +24,13 @@ type testHooks struct {
 type repairSync int
 
 const (
-	repairSyncNone  repairSync = iota
-	repairSyncClear            // COPIED off, before counts are raised above one: else I7
-	repairSyncTable            // new refcount structures, before the header names them: else I3
-	repairSyncMend             // entries, before the counts of what they named are lowered: else I1
-	repairSyncLower            // lowered counts, before COPIED says that they are one: else I7
-	repairSyncOther            // any other
+	repairSyncNone   repairSync = iota
+	repairSyncClear             // COPIED off, before counts are raised above one: else I7
+	repairSyncTable             // new refcount structures, before the header names them: else I3
+	repairSyncCopies            // copies of tables, before anything names them: else I3
+	repairSyncMend              // entries, before the counts of what they named are lowered: else I1
+	repairSyncLower             // lowered counts, before COPIED says that they are one: else I7
+	repairSyncOther             // any other
 )
 
 // early reports whether a pointer is to be written before what it points at is durable.

@@ -263,6 +263,7 @@ func (f *modelFiles) openOptions(c workloadConfig) *OpenOptions {
 	if c.smallCache {
 		o.L2CacheBytes, o.RefcountCacheBytes = 1, 1
 	}
+	c.discardOptions(o)
 	return o
 }
 
@@ -496,6 +497,8 @@ func (r *modelRun) do(o op) error {
 		return r.write(o)
 	case opRead, opReadV:
 		return r.read(o)
+	case opDiscard, opZero, opUnmap:
+		return r.zero(o)
 	case opExtents:
 		return r.extents(o)
 	case opSync:
@@ -586,7 +589,7 @@ func agreesWithWalk(s Storage, rep *refwalk.Report) error {
 	if err = errors.Join(err, img.Close()); err != nil || rep.Dirty() {
 		return err
 	}
-	got := [...]int64{res.Corruptions + res.Unreadable - res.LostCopied, res.LostCopied, res.Leaks, res.CheckErrors}
+	got := [...]int64{res.Corruptions + res.Unreadable + res.Shared - res.LostCopied, res.LostCopied, res.Leaks, res.CheckErrors}
 	want := [...]int64{int64(rep.Corruptions()), int64(rep.CopiedMissing), int64(rep.Leaks), 0}
 	if got != want {
 		return fmt.Errorf("check: corruptions, lost COPIED, leaks and errors are %d, the walk has %d:\n\t%s\n\t%s", got, want,

@@ -29,10 +29,12 @@ type Image struct {
 	ownsHost  bool
 	ownsData  bool
 	readOnly  bool
-	checkOnly bool       // only Check works; there is no mapper
-	repairs   bool       // Check may repair, although nothing else may write
-	lazy      bool       // refcounts may lag behind on disk, under the dirty bit
-	snapshots []snapshot // guarded by mu
+	checkOnly bool        // only Check works; there is no mapper
+	repairs   bool        // Check may repair, although nothing else may write
+	lazy      bool        // refcounts may lag behind on disk, under the dirty bit
+	discard   DiscardMode // OpenOptions.Discard; immutable after open
+	noUnref   bool        // OpenOptions.DiscardNoUnref; immutable after open
+	snapshots []snapshot  // guarded by mu
 
 	reqs    *requests
 	mu      sync.Mutex // the metadata lock: mapper and allocator
@@ -361,6 +363,7 @@ func (img *Image) Sync() error {
 	if err := img.flush(); err != nil {
 		return fmt.Errorf("qcow2: sync: %w", err)
 	}
+	img.giveBack()
 	return nil
 }
 
@@ -411,7 +414,7 @@ func (img *Image) finish() error {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	a := img.m.alloc
-	if err := errors.Join(img.releaseLimbo(), a.writeBack()); err != nil {
+	if err := errors.Join(img.releaseAll(), a.writeBack()); err != nil {
 		return err
 	}
 	if err := img.padFile(); err != nil {

@@ -27,8 +27,9 @@ type ResizeOptions struct {
 // backing file holds there. Snapshots keep their sizes. Writes and Syncs wait meanwhile, reads go on; those behind
 // a smaller size return io.EOF.
 //
-// A shrink gives the host space back: the image file ends behind the last cluster that is still in use. Persistent
-// bitmaps are marked as in use, as by any change (they do not follow the disk's size).
+// A shrink gives the host space back, as a Discard does (OpenOptions.Discard), and the image file ends behind the
+// last cluster that is still in use. Persistent bitmaps are marked as in use, as by any change; they keep the size
+// that they have.
 //
 // Errors: *OptionError for a size or options that are not allowed, for a smaller size without Shrink, and where a
 // data file on a device is too small; ErrTooLarge for a size beyond the format, ErrLimit beyond the limits;
@@ -240,7 +241,7 @@ func (r *resizing) release(e l2Entry, off, guestOff uint64) error {
 	if e.word&flagCompressed == 0 && r.m.offsetInCluster(e.hostOff()) != 0 {
 		return corrupt(fmt.Sprintf("L2 entry %#x is not aligned to clusters", e.word), off, guestOff)
 	}
-	r.m.alloc.free(held)
+	r.m.alloc.freeFor(dropDiscard, held)
 	return nil
 }
 
@@ -289,7 +290,7 @@ func (r *resizing) dropInSlice(guestOff, n uint64) error {
 	return m.update(guestOff, r.img.writeCut, func(words []uint64, i uint64) {
 		for j := range n {
 			if held := m.held(m.entryOf(words, i+j)); held.n > 0 {
-				m.alloc.free(held)
+				m.alloc.freeFor(dropDiscard, held)
 			}
 			m.setEntry(words, i+j, l2Entry{})
 		}

@@ -23,7 +23,10 @@ const (
 	opSync    opKind = "sync"
 	opWalk    opKind = "walk" // the independent walk over the bytes as they stand, without a sync
 	opReopen  opKind = "reopen"
-	opResize  opKind = "resize" // resize off n: to off bytes, with preallocation n
+	opResize  opKind = "resize"  // resize off n: to off bytes, with preallocation n
+	opDiscard opKind = "discard" // discard off n
+	opZero    opKind = "zero"    // zero off n: WriteZeroes
+	opUnmap   opKind = "unmap"   // unmap off n: WriteZeroes with ZeroMayUnmap
 )
 
 // op is one operation of a workload. Its text form is one line.
@@ -63,6 +66,7 @@ func parseOp(line string) (op, error) {
 	o := op{kind: opKind(f[0])}
 	switch o.kind {
 	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen, opResize:
+	case opDiscard, opZero, opUnmap:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -371,7 +375,7 @@ func newGenerator(c workloadConfig, seed uint64) *generator {
 	return &generator{c: c, rng: rand.New(rand.NewPCG(seed, 2)), hot: c.hot(), size: c.size()}
 }
 
-// generateOps returns n operations: about 34 % WriteCompressed and as many writes, 20 % reads and questions
+// generateOps returns n operations: one in eight discards or zeroes, and of the others about 34 % WriteCompressed and as many writes, 20 % reads and questions
 // for extents, 7 % Sync, 3 % reopen; with a data file writes only. The first ones reach into every L2 table.
 func generateOps(c workloadConfig, seed uint64, n int) []op {
 	g := newGenerator(c, seed)
@@ -384,6 +388,12 @@ func generateOps(c workloadConfig, seed uint64, n int) []op {
 
 // op returns the next operation.
 func (g *generator) op() op {
+	if g.rng.IntN(8) == 0 {
+		if g.rng.IntN(10) == 0 {
+			return op{kind: opSync} // as often as among the others
+		}
+		return g.zeroing()
+	}
 	packed := 34 // percent of WriteCompressed; they turn mapped clusters into such as must be replaced
 	if g.c.external() {
 		packed = 1 // each is refused

@@ -26,7 +26,7 @@ func resizeCrashWorkload(basic func(c *crashConfig, rng *rand.Rand, widths ...in
 	return crashWorkload{"resize", func(c *crashConfig, rng *rand.Rand) {
 		basic(c, rng, widths...)
 		c.fill, c.packed, c.zeros, c.compressed = rng.Float64(), 0.3, c.create.Version == 3, 10
-		c.ops, c.sync, c.reopen, c.resize = 24, 8, 1, 25
+		c.ops, c.sync, c.reopen, c.resize = 36, 5, 1, 14
 		switch rng.IntN(6) {
 		case 0, 1:
 			c.backing = []string{"raw", "qcow2"}[rng.IntN(2)]

@@ -58,12 +58,11 @@ type crashOracle struct {
 	promised bool               // Create has returned
 }
 
-// newCrashOracle returns the oracle for the beginning of a record, of a disk that may grow to most bytes.
-func newCrashOracle(guest []byte, most int64, created bool) *crashOracle {
+// newCrashOracle returns the oracle for the beginning of a record.
+func newCrashOracle(guest []byte, created bool) *crashOracle {
 	size := int64(len(guest))
-	guest = append(bytes.Clone(guest), make([]byte, max(most-size, 0))...)
 	return &crashOracle{
-		guest: guest, size: size, next: size, touched: make(map[int64][]crashCandidate), values: make(map[int64][][]byte),
+		guest: bytes.Clone(guest), size: size, next: size, touched: make(map[int64][]crashCandidate), values: make(map[int64][][]byte),
 		ended: make(map[int]int), syncs: make(map[int]int), promised: created,
 	}
 }
@@ -223,7 +222,7 @@ func (l *crashLook) state(s *crashtest.State) []crashFinding {
 			return nil
 		}
 		if old {
-			want = newCrashOracle(l.old, 0, true)
+			want = newCrashOracle(l.old, true)
 		}
 	}
 	l.images++
@@ -318,7 +317,8 @@ func (l *crashLook) findGarbage(rep *refwalk.Report) {
 }
 
 // read reads the whole guest with the library, opened read-only, into got. bad tells the sectors that it
-// cannot read; ok is false if it cannot open the image, or the disk has none of the sizes.
+// cannot read; ok is false if it cannot open the image, or the disk has none of the sizes,
+// which are by default that of what was read before.
 func (l *crashLook) read(image, data *crashtest.Disk, sizes ...int64) (bad map[int64]error, ok bool) {
 	changed := false
 	o := &OpenOptions{Backing: l.backingDisk}
@@ -330,9 +330,15 @@ func (l *crashLook) read(image, data *crashtest.Disk, sizes ...int64) (bad map[i
 		l.add("I3", "open: %v", err)
 		return nil, false
 	}
+	if len(sizes) == 0 {
+		sizes = []int64{int64(len(l.got))}
+	}
 	if n := img.Size(); !slices.Contains(sizes, n) {
 		l.add("I3", "a disk of %#x bytes instead of %#x", n, sizes)
 		return nil, false
+	}
+	if int64(len(l.buf)) < img.Size() {
+		l.buf = make([]byte, img.Size())
 	}
 	l.got = l.buf[:img.Size()]
 	if i := img.Info(); i.BackingFile != l.create.BackingFile || i.BackingFormat != l.create.BackingFormat || i.DataFile != l.create.DataFile {
@@ -570,7 +576,8 @@ func runCrash(c *crashConfig, budget crashBudget) (*crashTotals, *crashFailure, 
 		}
 	}
 	most := max(r.size, r.most)
-	l := &crashLook{crashRun: r, oracle: newCrashOracle(r.guest, most, !c.fromCreate), buf: make([]byte, most)}
+	l := &crashLook{crashRun: r, oracle: newCrashOracle(r.guest, !c.fromCreate), buf: make([]byte, most)}
+	l.oracle.guest = append(l.oracle.guest, make([]byte, most-l.oracle.size)...)
 	opts := crashtest.Options{PerPoint: 8, Tightens: crashTightens}
 	if c.fromCreate {
 		opts.PerPoint = 48 // the writes of Create are long, and few

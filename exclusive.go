@@ -173,6 +173,7 @@ func (img *Image) reloadPaused() error {
 	if img.snapshots, err = readSnapshotTable(s, size, h, img.limits); err != nil {
 		return err
 	}
+	img.reloadSnapshots(uint64(size))
 	img.refreshInfo()
 	return img.watchMetadata()
 }

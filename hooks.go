@@ -18,7 +18,22 @@ type testHooks struct {
 	tailLast        bool // make what stands behind the old end zeros after the switch: breaks I4
 
 	repairSkip repairSync // the sync of a repair that is left out
+
+	snapshotSkip snapshotSyncs // the syncs of operations on snapshots that are left out
+	keepCopied   bool          // leave COPIED in the tables of a snapshot that is applied: breaks I7
 }
+
+// snapshotSyncs is a set of places in operations on snapshots where what was written must be durable before what
+// follows.
+type snapshotSyncs int
+
+const (
+	snapshotSyncBeside snapshotSyncs = 1 << iota // new tables, and COPIED off: before counts are raised, else I7
+	snapshotSyncRaise                            // raised counts, before the header names who they are for: else I1
+	snapshotSyncSwitch                           // the header, before counts are lowered of what it named: else I1
+	snapshotSyncLower                            // lowered counts, before COPIED says that they are one: else I7
+	snapshotLowerFirst                           // not a sync: counts are lowered before the header changes
+)
 
 // repairSync is a place in a repair where what was written must be durable before what follows.
 type repairSync int

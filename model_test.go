@@ -319,6 +319,7 @@ type modelRun struct {
 	f     *modelFiles
 	img   *Image
 	model *sparseBytes
+	snaps []modelSnapshot
 	stats modelStats
 	got   []byte
 	want  []byte
@@ -387,11 +388,7 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 	if err := r.compareAll(r.img.ReadAt); err != nil {
 		return fmt.Errorf("at the end: %w", err)
 	}
-	for i := range r.img.m.l1.n {
-		if r.img.m.l1.load(i) != 0 {
-			r.stats.tables++
-		}
-	}
+	r.countTables()
 	if err := r.close(); err != nil {
 		return err
 	}
@@ -410,6 +407,9 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 	if err := r.compareAll(other.ReadAt); err != nil {
 		return fmt.Errorf("by the independent reader, after close: %w", err)
 	}
+	if err := r.finishSnapshots(src); err != nil {
+		return fmt.Errorf("by the independent reader, after close: %w", err)
+	}
 	if r.c.layout == layoutRawData {
 		if err := r.compareAll(r.f.data.ReadAt); err != nil {
 			return fmt.Errorf("the raw data file alone: %w", err)
@@ -419,6 +419,17 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 		return judge(r.f)
 	}
 	return nil
+}
+
+// countTables counts the L2 tables of the disk, the most that it has had when it was asked.
+func (r *modelRun) countTables() {
+	n := 0
+	for i := range r.img.m.l1.n {
+		if r.img.m.l1.load(i) != 0 {
+			n++
+		}
+	}
+	r.stats.tables = max(r.stats.tables, n)
 }
 
 // compareAll reads the disk through read and compares it with the model: on a small disk all of it, on
@@ -511,6 +522,8 @@ func (r *modelRun) do(o op) error {
 		return r.walk(false)
 	case opResize:
 		return r.resize(o)
+	case opSnapshot:
+		return r.snapshot(o)
 	case opReopen:
 		r.stats.reopens++
 		if err := r.close(); err != nil {
@@ -530,7 +543,14 @@ func (r *modelRun) resize(o op) error {
 	if o.off > r.model.size {
 		opts.Preallocation = Preallocation(o.n)
 	}
-	if err := r.img.Resize(context.Background(), o.off, opts); err != nil {
+	err := r.img.Resize(context.Background(), o.off, opts)
+	if r.c.version == 2 && len(r.snaps) > 0 && o.off != r.model.size {
+		if !errors.Is(err, ErrUnsupported) {
+			return fmt.Errorf("version 2 with snapshots: %w", err)
+		}
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	r.model.resize(o.off)

@@ -606,7 +606,8 @@ func overlapPut(word, value uint64, i, width int, ones uint64) uint64 {
 // overlapCoarseBits returns the lowest and the highest bit of a coarse word that stand for the clusters from first to
 // last of one block.
 func overlapCoarseBits(first, last uint64) (lo, hi uint64) {
-	return min(first&overlapBlockMask>>overlapBitBits, overlapCoarseN-1), min(last&overlapBlockMask>>overlapBitBits, overlapCoarseN-1)
+	lo, hi = first&overlapBlockMask>>overlapBitBits, last&overlapBlockMask>>overlapBitBits
+	return min(lo, overlapCoarseN-1), min(hi, overlapCoarseN-1)
 }
 
 // overlapMapFree reports that none of the clusters from first to last of one block, which has the given word, is of a

@@ -40,8 +40,8 @@ func walkClean(t testing.TB, s Storage) *refwalk.Report {
 	return rep
 }
 
-// expectContent fails the test unless the disk reads want.
-func expectContent(t testing.TB, d Disk, want []byte) {
+// expectReads fails the test unless the disk reads want.
+func expectReads(t testing.TB, d Disk, want []byte) {
 	t.Helper()
 	if d.Size() != int64(len(want)) {
 		t.Fatalf("size %d, want %d", d.Size(), len(want))
@@ -121,7 +121,7 @@ func TestPreallocation(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					expectContent(t, img, want)
+					expectReads(t, img, want)
 					walkClean(t, s)
 					kinds := countKinds(t, img)
 					over := o.BackingFile != ""
@@ -148,7 +148,7 @@ func TestPreallocation(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					expectContent(t, again, want)
+					expectReads(t, again, want)
 					if now := again.Info().EndOffset; now != end {
 						t.Errorf("writes moved the end of the image from %d to %d", end, now)
 					}
@@ -366,7 +366,7 @@ func expectFileContent(t testing.TB, name string, r Resolver, want []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	expectContent(t, img, want)
+	expectReads(t, img, want)
 	res, err := img.Check(t.Context(), nil)
 	if err != nil || res.Leaks+res.Corruptions > 0 {
 		t.Errorf("Check: %+v, %v", res, err)
@@ -403,7 +403,7 @@ func TestPreallocationCrash(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				expectContent(t, img, make([]byte, 100<<10))
+				expectReads(t, img, make([]byte, 100<<10))
 				return img.Close()
 			})
 			if err != nil || images == 0 {

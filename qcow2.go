@@ -36,6 +36,9 @@ type Image struct {
 	noUnref   bool        // OpenOptions.DiscardNoUnref; immutable after open
 	snapshots []snapshot  // guarded by mu
 
+	opened   map[*SnapshotDisk]struct{} // snapshots that are open; guarded by mu
+	deleting *snapshotKey               // the snapshot that is being deleted, or nil; guarded by mu
+
 	reqs    *requests
 	mu      sync.Mutex // the metadata lock: mapper and allocator
 	wb      writeback
@@ -374,6 +377,7 @@ func (img *Image) Close() error {
 	if img.closed.Swap(true) {
 		return fmt.Errorf("qcow2: close: %w", fs.ErrClosed)
 	}
+	img.closeSnapshots()
 	img.reqs.drain()
 	var err error
 	if !img.readOnly {
@@ -392,6 +396,7 @@ func (img *Image) Abandon() error {
 	if img.closed.Swap(true) {
 		return fmt.Errorf("qcow2: abandon: %w", fs.ErrClosed)
 	}
+	img.closeSnapshots()
 	img.reqs.drain()
 	img.wb.stop()
 	if err := img.release(); err != nil {

@@ -515,7 +515,11 @@ func (s *snapshot) append(p []byte) []byte {
 	p = be.AppendUint32(p, s.dateSec)
 	p = be.AppendUint32(p, s.dateNsec)
 	p = be.AppendUint64(p, s.vmClock)
-	p = be.AppendUint32(p, uint32(min(s.vmState, 1<<32-1)))
+	vmState32 := uint32(s.vmState)
+	if s.vmState > math.MaxUint32 {
+		vmState32 = 0 // the extra data has it
+	}
+	p = be.AppendUint32(p, vmState32)
 	p = be.AppendUint32(p, uint32(len(extra)))
 	p = append(p, extra...)
 	p = append(p, s.id...)

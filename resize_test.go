@@ -144,7 +144,7 @@ func (r *resizeRun) judge() {
 	if err := r.img.Sync(); err != nil {
 		r.Fatal(err)
 	}
-	expectContent(r, r.img, r.want)
+	expectReads(r, r.img, r.want)
 	if !r.c.create.LazyRefcounts {
 		walkClean(r, r.image)
 	}
@@ -383,7 +383,7 @@ func TestResizeSnapshots(t *testing.T) {
 			if err := img.Sync(); err != nil {
 				t.Fatal(err)
 			}
-			expectContent(t, img, want)
+			expectReads(t, img, want)
 			walkClean(t, s)
 		}
 		mustClose(t, img)
@@ -474,7 +474,7 @@ func TestResizeFull(t *testing.T) {
 	}
 	want := make([]byte, 1<<20)
 	crashContent(want, 0, 3, true)
-	expectContent(t, img, want)
+	expectReads(t, img, want)
 	s.most = 32 << 20
 	if err := img.Resize(t.Context(), 16<<20, &ResizeOptions{Preallocation: PreallocationFull}); err != nil {
 		t.Error(err)

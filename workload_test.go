@@ -27,6 +27,8 @@ const (
 	opDiscard opKind = "discard" // discard off n
 	opZero    opKind = "zero"    // zero off n: WriteZeroes
 	opUnmap   opKind = "unmap"   // unmap off n: WriteZeroes with ZeroMayUnmap
+
+	opSnapshot opKind = "snapshot" // snapshot seed: which operation on internal snapshots the seed says
 )
 
 // op is one operation of a workload. Its text form is one line.
@@ -37,10 +39,12 @@ type op struct {
 }
 
 // ranged reports whether the operation has a range.
-func (o op) ranged() bool { return o.kind != opSync && o.kind != opWalk && o.kind != opReopen }
+func (o op) ranged() bool {
+	return o.kind != opSync && o.kind != opWalk && o.kind != opReopen && o.kind != opSnapshot
+}
 
 // seeded reports whether the operation has a seed.
-func (o op) seeded() bool { return o.writes() || o.kind == opReadV }
+func (o op) seeded() bool { return o.writes() || o.kind == opReadV || o.kind == opSnapshot }
 
 // writes reports whether the operation changes the guest's disk.
 func (o op) writes() bool { return o.kind == opWrite || o.kind == opWriteV || o.kind == opWriteC }
@@ -65,8 +69,8 @@ func parseOp(line string) (op, error) {
 	}
 	o := op{kind: opKind(f[0])}
 	switch o.kind {
-	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen, opResize:
-	case opDiscard, opZero, opUnmap:
+	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
+	case opDiscard, opZero, opUnmap, opSnapshot, opResize:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -86,7 +90,7 @@ func parseOp(line string) (op, error) {
 		o.n, err[1] = strconv.ParseInt(f[2], 0, 64)
 	}
 	if o.seeded() {
-		o.seed, err[2] = strconv.ParseUint(f[3], 0, 64)
+		o.seed, err[2] = strconv.ParseUint(f[want-1], 0, 64)
 	}
 	if e := errors.Join(err[:]...); e != nil {
 		return o, fmt.Errorf("operation %q: %w", line, e)
@@ -323,7 +327,7 @@ func (c workloadConfig) deviceSize() int64 {
 	if c.external() {
 		return (c.tables()*4 + 64) * c.clusterSize
 	}
-	return (3*int64(len(c.hot())) + 4*c.tables() + 200) * c.clusterSize
+	return ((3+maxModelSnapshots)*int64(len(c.hot())) + (4+maxModelSnapshots)*c.tables() + 200) * c.clusterSize
 }
 
 // hot returns the guest cluster indexes that a workload writes to: on a small disk all, on others some at
@@ -403,6 +407,8 @@ func (g *generator) op() op {
 		return g.resize()
 	case k < packed:
 		return g.compressed()
+	case k < 37:
+		return op{kind: opSnapshot, seed: g.rng.Uint64N(1 << 32)}
 	case k < 68:
 		o := op{kind: opWrite, seed: g.rng.Uint64N(1 << 32)}
 		if g.rng.IntN(8) == 0 {

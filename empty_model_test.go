@@ -27,7 +27,9 @@ func (r *modelRun) empty() error {
 	if err != nil {
 		return err
 	}
+	size := r.model.size
 	r.model = r.f.content.clone()
+	r.model.resize(size) // the backing file may be longer
 	return r.walk(false)
 }
 
@@ -50,7 +52,14 @@ func (r *modelRun) commit() error {
 	case err != nil:
 		return err
 	}
-	r.f.content = r.model.clone()
+	below := r.model.clone()
+	for i, page := range r.f.content.pages {
+		// A backing file that is longer keeps what it has behind the end of the disk.
+		if keep := max(r.model.size-i*modelPage, 0); keep < modelPage {
+			below.write(page[keep:], i*modelPage+keep)
+		}
+	}
+	r.f.content = below
 	if !r.c.external() {
 		return r.walk(false)
 	}

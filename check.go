@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
 )
 
 // RepairScope says what a check repairs.
@@ -306,77 +305,21 @@ func (img *Image) check(ctx context.Context, o *CheckOptions) (*CheckResult, err
 	return res, err
 }
 
-// checkLive is check of an image that is open for writing. It holds all guest clusters and the metadata lock, so
-// that what is on the host stays as a write-back and the release of all that was dropped have left it; reads go
-// on.
+// checkLive is check of an image that is open for writing. Nothing changes it meanwhile, but the repair; reads go on.
 //
 // A repair changes tables under the image. What the image holds of them is read again afterwards. A read in flight
 // may still put a slice into the cache that it read before the repair; so the cache is emptied only when
 // those are done.
-func (img *Image) checkLive(ctx context.Context, o *CheckOptions) (*CheckResult, error) {
-	all := clusterRange{first: 0, last: math.MaxUint64}
-	img.reqs.lock(&all)
-	defer img.reqs.unlock(&all)
-	if err := img.writable(); err != nil {
-		return nil, err
-	}
-	if err := img.flush(); err != nil {
-		return nil, err
-	}
-	img.mu.Lock()
-	defer img.mu.Unlock()
-	img.startMu.Lock()
-	defer img.startMu.Unlock()
-	if n := len(img.wb.limbo); n > 0 {
-		img.reqs.waitPast(img.wb.limbo[n-1].epoch)
-	}
-	if err := errors.Join(img.releaseLimbo(), img.m.alloc.writeBack()); err != nil {
-		return nil, err
-	}
-	res, changed, err := checkFile(ctx, img.host, img.hdr, o)
-	if !changed {
-		return res, err
-	}
-	img.reqs.waitPast(img.reqs.advance())
-	if rerr := img.reload(); rerr != nil {
-		// What the image knows of its tables may be stale: it must not write by it.
-		err = errors.Join(err, img.host.fail(fmt.Errorf("read the repaired tables: %w", rerr)))
-	}
-	return res, err
-}
-
-// reload reads the tables that a repair has changed. Preconditions: mu, startMu, all guest clusters held, nothing
-// dirty.
-func (img *Image) reload() error {
-	m, h := img.m, img.hdr
-	s := img.host.s
-	size, err := s.Size()
-	if err != nil {
-		return err
-	}
-	m.cache.forget(m.id)
-	l1, err := readTable(img.host, h.l1Off, uint64(h.l1Size), uint64(size))
-	if err != nil {
-		return fmt.Errorf("L1 table: %w", err)
-	}
-	for i := range m.l1.n {
-		if w := l1.load(i); m.l1.load(i) != w {
-			m.l1.store(i, w)
+func (img *Image) checkLive(ctx context.Context, o *CheckOptions) (res *CheckResult, err error) {
+	err = img.alone(func() error {
+		var changed bool
+		res, changed, err = checkFile(ctx, img.host, img.hdr, o)
+		if changed {
+			err = errors.Join(err, img.reload())
 		}
-	}
-	clusters := uint64(h.refTableClusters)
-	t, err := readTable(img.host, h.refTableOff, clusters<<m.clusterBits/8, uint64(size))
-	if err != nil {
-		return fmt.Errorf("refcount table: %w", err)
-	}
-	m.alloc.reload(t, h.refTableOff, clusters)
-	if img.snapshots, err = readSnapshotTable(s, size, h, img.limits); err != nil {
 		return err
-	}
-	img.featureMu.Lock()
-	img.wb.dirty = h.dirty()
-	img.featureMu.Unlock()
-	return img.watchMetadata()
+	})
+	return res, err
 }
 
 // checkFile checks, and repairs, the image with header h in host. It keeps h as the header on disk, and reports

@@ -33,7 +33,7 @@ func (img *Image) readCompressed(p []byte, guestOff uint64, x extent) error {
 	}
 	out := getBuffer(m.clusterSize)
 	defer putBuffer(out)
-	if err := codec.Decompress(*out, *payload, img.hdr.compression.codecType()); err != nil {
+	if err := codec.Decompress(*out, *payload, img.codec); err != nil {
 		return &CorruptError{What: "compressed cluster", HostOff: int64(off), GuestOff: int64(m.clusterStart(guestOff)), Err: err}
 	}
 	copy(p, (*out)[in:])
@@ -108,6 +108,13 @@ func (c *decodeCache) drop(index uint64) {
 	}
 }
 
+// forget forgets all clusters. No request that unpacked one is in flight.
+func (c *decodeCache) forget() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear(c.entries[:])
+}
+
 // WriteCompressed writes p at guest offset off in compressed clusters. off is a multiple of the cluster
 // size, and so is len(p), unless the range ends at the end of the disk: the last cluster is padded with
 // zeros. What the clusters held before is replaced. A cluster that does not shrink is stored plain.
@@ -137,7 +144,7 @@ func (img *Image) writeCompressed(p []byte, off uint64) error {
 		return fmt.Errorf("%w: compressed clusters with an external data file", ErrUnsupported)
 	case m.offsetInCluster(off) != 0:
 		return &OptionError{Option: "off", Value: off, Reason: fmt.Sprintf("is not a multiple of the cluster size %d", m.clusterSize)}
-	case m.offsetInCluster(end) != 0 && end != img.size:
+	case m.offsetInCluster(end) != 0 && end != img.size.Load():
 		return &OptionError{Option: "off+len(p)", Value: end, Reason: fmt.Sprintf("is neither a multiple of the cluster size %d nor the end of the disk", m.clusterSize)}
 	}
 	packed := getBuffer(m.clusterSize)
@@ -163,7 +170,7 @@ func (img *Image) writePacked(part []byte, off uint64, packed []byte) error {
 		clear((*padded)[copy(*padded, part):])
 		whole = *padded
 	}
-	n, ok, err := codec.Compress(packed, whole, img.hdr.compression.codecType())
+	n, ok, err := codec.Compress(packed, whole, img.codec)
 	if err != nil {
 		return err
 	}
@@ -193,7 +200,7 @@ func (img *Image) linkPacked(payload []byte, off uint64) error {
 	img.reqs.lock(&held)
 	defer img.reqs.unlock(&held)
 	defer img.reqs.leave(img.reqs.enter())
-	if err := img.writable(); err != nil {
+	if err := img.writableAt(off, 1); err != nil {
 		return err
 	}
 	entries, err := m.entries(off, 1)

@@ -26,10 +26,11 @@
 //
 // Locks, outermost first:
 //
-//	requests            the guest clusters that a request holds (requests.go)
+//	requests            the guest clusters that a request holds (requests.go); all of them, for an operation on the
+//	                    image as a whole (exclusive.go)
 //	  writeback.mu        who writes back (writeback.go); not held during I/O
+//	  Image.startMu       the marking of bitmaps before the first write
 //	  Image.mu            the metadata lock: L1 table, allocator, and the order of L2 changes
-//	    Image.startMu       the marking of bitmaps before the first write
 //	    tableCache.mu       which slices are cached, dirty or part of a cut (cache.go)
 //	      decodeCache.mu      the last unpacked clusters (compress.go)
 //	    Image.featureMu     the dirty and the corrupt bit of the header (guard.go)

@@ -88,7 +88,7 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 			yield(Extent{}, ErrRange)
 			return
 		}
-		end := int64(img.size)
+		end := int64(img.size.Load())
 		if off < end && n < end-off {
 			end = off + n
 		}

@@ -205,7 +205,8 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	img.host = newHostFile(s, size, o.NoSync)
 	img.host.locked = locked
 	img.data = img.host
-	img.hdr, img.size = h, h.virtualSize()
+	img.hdr, img.codec = h, h.compression.codecType()
+	img.size.Store(h.virtualSize())
 	if o.CheckOnly {
 		if err := h.validateForCheck(*o.Limits); err != nil {
 			return err

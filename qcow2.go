@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"github.com/go-qcow2/qcow2/internal/codec"
 )
 
 // Image is an open qcow2 image: a block device of Size bytes. All methods are safe for concurrent use.
@@ -16,9 +18,12 @@ type Image struct {
 	m    *mapper
 	host *hostFile // the image file
 	data *hostFile // where guest data is: the image file, or the external data file
-	hdr  *header   // fixed after open, but for the refcount table's place, which mu guards, and incompatible
-	size uint64    // of the disk in bytes
-	info Info      // as of open
+	// hdr is what the header on disk says. It changes in exclusively, but for the place of the refcount table, which
+	// mu guards, and incompatible.
+	hdr   *header
+	size  atomic.Uint64 // of the disk in bytes; changes in exclusively
+	codec codec.Type    // of compressed clusters; immutable after open
+	info  Info          // guarded by mu
 
 	below     backing
 	ownsHost  bool
@@ -42,7 +47,7 @@ type Image struct {
 	featureMu sync.Mutex          // guards hdr.incompatible, and the order in which it is written
 	onCorrupt func(*CorruptError) // OpenOptions.OnCorrupt
 	overlap   OverlapCheck        // OpenOptions.OverlapCheck
-	limits    Limits              // OpenOptions.Limits, of an image that is open for writing
+	limits    Limits              // OpenOptions.Limits, with defaults, of an image that is open for writing
 
 	closed  atomic.Bool
 	closing atomic.Bool // the last write-back
@@ -61,10 +66,13 @@ func opError(op string, off int64, n int, err error) error {
 }
 
 // Size returns the size of the disk in bytes: the header's, rounded down to a multiple of 512.
-func (img *Image) Size() int64 { return int64(img.size) }
+func (img *Image) Size() int64 { return int64(img.size.Load()) }
 
-// Info describes the image as it was opened.
+// Info describes the image as it is; EndOffset, Dirty, Corrupt and FileSize are as of open, or of the last operation
+// that changed the header.
 func (img *Image) Info() Info {
+	img.mu.Lock()
+	defer img.mu.Unlock()
 	info := img.info
 	info.UnknownIncompatible = slices.Clone(info.UnknownIncompatible)
 	info.UnknownCompatible = slices.Clone(info.UnknownCompatible)
@@ -112,13 +120,14 @@ func (img *Image) readAt(p []byte, off int64) (int, error) {
 	if err := img.readable(); err != nil {
 		return 0, err
 	}
-	if uint64(off) >= img.size {
+	size := img.size.Load()
+	if uint64(off) >= size {
 		if len(p) == 0 {
 			return 0, nil
 		}
 		return 0, io.EOF
 	}
-	if left := img.size - uint64(off); uint64(len(p)) > left {
+	if left := size - uint64(off); uint64(len(p)) > left {
 		if err := img.readGuest(p[:left], uint64(off)); err != nil {
 			return 0, err
 		}
@@ -217,13 +226,34 @@ func (img *Image) checkWrite(off int64, n int) error {
 	if err := img.writable(); err != nil {
 		return err
 	}
-	if off < 0 || uint64(off) > img.size || uint64(n) > img.size-uint64(off) {
-		return fmt.Errorf("%w of %d bytes", ErrRange, img.size)
+	if off < 0 {
+		return ErrRange
+	}
+	if err := img.within(uint64(off), uint64(n)); err != nil {
+		return err
 	}
 	if !img.started.Load() {
 		return img.start()
 	}
 	return nil
+}
+
+// within returns ErrRange if n bytes at guestOff do not lie within the disk.
+func (img *Image) within(guestOff, n uint64) error {
+	if size := img.size.Load(); guestOff > size || n > size-guestOff {
+		return fmt.Errorf("%w of %d bytes", ErrRange, size)
+	}
+	return nil
+}
+
+// writableAt returns why n bytes at guestOff take no write, or nil. The caller holds their clusters, or is
+// registered as a writer of them, so that what it says stays so: an operation that changes the disk's size holds all
+// clusters.
+func (img *Image) writableAt(guestOff, n uint64) error {
+	if err := img.writable(); err != nil {
+		return err
+	}
+	return img.within(guestOff, n)
 }
 
 // readable returns why the image cannot be read, or nil.
@@ -282,10 +312,8 @@ func (img *Image) startLocked() error {
 }
 
 // endMarking ends what a start that failed began, at the last moment: otherwise nobody would vouch for the
-// bitmaps any more, and their clusters would be leaks.
+// bitmaps any more, and their clusters would be leaks. Precondition: startMu.
 func (img *Image) endMarking() error {
-	img.startMu.Lock()
-	defer img.startMu.Unlock()
 	if !img.marking {
 		return nil
 	}
@@ -378,6 +406,8 @@ func (img *Image) finish() error {
 	if err := img.flush(); err != nil {
 		return err
 	}
+	img.startMu.Lock()
+	defer img.startMu.Unlock()
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	a := img.m.alloc

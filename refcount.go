@@ -203,8 +203,11 @@ func newAllocator(g geometry, h *hostFile, t *table, off, clusters uint64, cache
 	return a
 }
 
-// reload takes the refcount table t, at host offset off, in place of what it knows. Nothing is dirty.
-func (a *allocator) reload(t *table, off, clusters uint64) {
+// reload takes the refcount table t, at host offset off, in place of what it knows; the width of refcounts may be
+// another. Nothing is dirty.
+func (a *allocator) reload(g geometry, t *table, off, clusters uint64) {
+	a.g, a.max = g, maxRefcount(g.refcountOrder)
+	a.hooks, a.moved = a.hooks[:0], false
 	a.table, a.tableOff, a.tableClusters = t, off, clusters
 	clear(a.slices)
 	a.one, a.many, a.packOff = 0, 0, 0

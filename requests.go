@@ -22,6 +22,7 @@ type requests struct {
 	epoch atomic.Uint64 // current epoch, from 1
 	first slotBlock     // the slots; more blocks are linked behind when all are taken
 
+	paused     atomic.Bool  // no request may register
 	exclusives atomic.Int32 // number of ranges held or about to be held exclusively
 	waiters    atomic.Int32 // goroutines in cond.Wait, or about to be
 	mu         sync.Mutex
@@ -64,6 +65,11 @@ func (r *requests) enter() *slot {
 		for i := range uint32(len(b.slots)) {
 			s := &b.slots[(start+i)%uint32(len(b.slots))]
 			if s.state.Load() == 0 && s.state.CompareAndSwap(0, r.epoch.Load()<<1) {
+				if r.paused.Load() {
+					r.leave(s)
+					r.waitResumed()
+					return r.enter()
+				}
 				return s
 			}
 		}
@@ -113,6 +119,32 @@ func (r *requests) enterInPlace(first, last uint64) *slot {
 		r.waiters.Add(-1)
 		r.mu.Unlock()
 	}
+}
+
+// pause waits until no request is registered, and keeps new ones waiting until resume. The caller is not registered,
+// and pauses once. By the argument above a request either sees the pause, or is seen by it.
+func (r *requests) pause() {
+	r.paused.Store(true)
+	r.waitPast(r.advance())
+}
+
+// resume ends a pause.
+func (r *requests) resume() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.paused.Store(false)
+	r.cond.Broadcast()
+}
+
+// waitResumed waits until there is no pause.
+func (r *requests) waitResumed() {
+	r.mu.Lock()
+	r.waiters.Add(1)
+	for r.paused.Load() {
+		r.cond.Wait()
+	}
+	r.waiters.Add(-1)
+	r.mu.Unlock()
 }
 
 // heldLocked reports whether a cluster from first to last is held exclusively. Precondition: mu.

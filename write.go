@@ -33,7 +33,7 @@ func (img *Image) writeInPlace(p []byte, guestOff uint64) (int, error) {
 	g := &img.m.geometry
 	s := img.reqs.enterInPlace(guestOff>>g.clusterBits, (guestOff+uint64(len(p))-1)>>g.clusterBits)
 	defer img.reqs.leave(s)
-	if err := img.writable(); err != nil {
+	if err := img.writableAt(guestOff, uint64(len(p))); err != nil {
 		return 0, err
 	}
 	x, err := img.m.resolve(guestOff, uint64(len(p)))
@@ -82,7 +82,7 @@ func (img *Image) writeNew(p []byte, guestOff uint64) (int, error) {
 	img.reqs.lock(&held)
 	defer img.reqs.unlock(&held)
 	defer img.reqs.leave(img.reqs.enter()) // old content and tables are read
-	if err := img.writable(); err != nil {
+	if err := img.writableAt(guestOff, n); err != nil {
 		return 0, err
 	}
 	entries, err := m.entries(guestOff, held.last-held.first+1)
@@ -315,7 +315,7 @@ func (img *Image) writeFilled(p []byte, guestOff, lo, hi, base uint64, fresh boo
 	end := in + uint64(len(p))
 	if m.external {
 		// A data file ends where the disk ends; it is not padded to a cluster.
-		hi = max(min(hi, img.size-start), end)
+		hi = max(min(hi, img.size.Load()-start), end)
 	}
 	head := guestPart{start + lo, in - lo}
 	tail := guestPart{start + end, hi - end}
@@ -369,7 +369,7 @@ type guestPart struct{ off, n uint64 }
 
 // partIsZero reports whether the part is known to read as zeros, without reading it.
 func (img *Image) partIsZero(g guestPart) (bool, error) {
-	for g.n > 0 && g.off < img.size {
+	for g.n > 0 && g.off < img.size.Load() {
 		x, err := img.m.resolve(g.off, g.n)
 		if err != nil {
 			return false, err
@@ -391,11 +391,12 @@ func (img *Image) partIsZero(g guestPart) (bool, error) {
 // readPart reads the part into b; past the end of the disk it is zeros.
 func (img *Image) readPart(b []byte, g guestPart, zero bool) error {
 	b = b[:g.n]
-	if zero || g.off >= img.size {
+	size := img.size.Load()
+	if zero || g.off >= size {
 		clear(b)
 		return nil
 	}
-	inside := min(g.n, img.size-g.off)
+	inside := min(g.n, size-g.off)
 	clear(b[inside:])
 	return img.readGuest(b[:inside], g.off)
 }

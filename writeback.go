@@ -82,6 +82,24 @@ func (img *Image) flush() error {
 	return w.err
 }
 
+// hold waits for a running cut and keeps others from running until letGo. Cuts that are asked for meanwhile wait.
+func (w *writeback) hold() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.running {
+		w.cond.Wait()
+	}
+	w.running = true
+}
+
+// letGo ends hold.
+func (w *writeback) letGo() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.running = false
+	w.cond.Broadcast()
+}
+
 // stop waits for a running cut and keeps new ones from beginning: the storage is about to be released.
 func (w *writeback) stop() {
 	w.mu.Lock()

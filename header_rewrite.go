@@ -326,7 +326,7 @@ func planHeader(old []byte, h *header) (steps []headerStep, now *header, err err
 	for _, s := range m.look {
 		m.room += s.hi
 	}
-	m.room = min(m.room, h.clusterSize())
+	m.room = min(max(m.room, sectorSize), h.clusterSize())
 	m.b = m.b[:m.room]
 	for _, dropNames := range []bool{false, true} {
 		for n := 1; n <= maxHeaderSteps; n++ {

@@ -39,6 +39,11 @@ func (img *Image) alone(f func() error) error {
 	all := clusterRange{first: 0, last: math.MaxUint64}
 	img.reqs.lock(&all)
 	defer img.reqs.unlock(&all)
+	return img.aloneHeld(f)
+}
+
+// aloneHeld is alone for who holds all guest clusters already, and is not registered.
+func (img *Image) aloneHeld(f func() error) error {
 	if err := img.writable(); err != nil {
 		return err
 	}
@@ -52,6 +57,7 @@ func (img *Image) alone(f func() error) error {
 	if err := img.settle(); err != nil {
 		return err
 	}
+	img.turns.Add(1)
 	return f()
 }
 

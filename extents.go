@@ -93,7 +93,7 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 			end = off + n
 		}
 		for off < end {
-			x, err := img.mapped(uint64(off), uint64(end-off))
+			x, below, err := img.mapped(uint64(off), uint64(end-off))
 			if err != nil {
 				yield(Extent{}, err)
 				return
@@ -110,7 +110,7 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 			case kindCompressed:
 				e.Kind = ExtentCompressed
 			case kindUnallocated:
-				if !img.extentsBelow(e, yield) {
+				if !below.extents(e, yield) {
 					return
 				}
 				continue
@@ -122,26 +122,27 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 	}
 }
 
-// mapped is mapper.resolve as a request of its own.
-func (img *Image) mapped(off, n uint64) (extent, error) {
+// mapped is mapper.resolve as a request of its own. It also returns what lay below the image then.
+func (img *Image) mapped(off, n uint64) (extent, backing, error) {
 	s := img.reqs.enter()
 	defer img.reqs.leave(s)
 	if err := img.readable(); err != nil {
-		return extent{}, err
+		return extent{}, backing{}, err
 	}
-	return img.m.resolve(off, n)
+	x, err := img.m.resolve(off, n)
+	return x, img.below, err
 }
 
-// extentsBelow yields the state of e's range, which the image does not hold, from the backing disk. It
-// reports whether to go on.
-func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
-	if img.below.missing != nil {
-		yield(Extent{}, img.below.missing)
+// extents yields the state of e's range, which the image above does not hold, from the backing disk. It reports
+// whether to go on.
+func (b *backing) extents(e Extent, yield func(Extent, error) bool) bool {
+	if b.missing != nil {
+		yield(Extent{}, b.missing)
 		return false
 	}
 	end := e.Off + e.Len
-	if img.below.disk != nil {
-		for b, err := range extentsOf(img.below.disk, e.Off, e.Len) {
+	if b.disk != nil {
+		for b, err := range extentsOf(b.disk, e.Off, e.Len) {
 			if err == nil && (b.Off != e.Off || b.Len <= 0 || b.Len > end-b.Off) {
 				err = errBadExtents
 			}

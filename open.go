@@ -160,7 +160,7 @@ func resolve(r Resolver, ref FileRef) (Storage, error) {
 func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
 	nested := c.depth > 0
 	owns := c.ownsTop || nested
-	img := &Image{readOnly: !o.ReadWrite || o.CheckOnly, repairs: o.ReadWrite, checkOnly: o.CheckOnly, ownsHost: owns, reqs: newRequests()}
+	img := &Image{name: o.Name, readOnly: !o.ReadWrite || o.CheckOnly, repairs: o.ReadWrite, checkOnly: o.CheckOnly, ownsHost: owns, reqs: newRequests()}
 	img.host = &hostFile{s: s}
 	img.data = img.host
 	img.wb.cond.L = &img.wb.mu

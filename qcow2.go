@@ -25,7 +25,9 @@ type Image struct {
 	codec codec.Type    // of compressed clusters; immutable after open
 	info  Info          // guarded by mu
 
-	below     backing
+	name      string        // OpenOptions.Name; immutable after open
+	turns     atomic.Uint64 // operations that were alone with the image
+	below     backing       // changes in pausing
 	ownsHost  bool
 	ownsData  bool
 	readOnly  bool
@@ -82,7 +84,10 @@ func (img *Image) Info() Info {
 }
 
 // Backing returns the disk below the image, or nil.
-func (img *Image) Backing() Disk { return img.below.disk }
+func (img *Image) Backing() Disk {
+	defer img.reqs.leave(img.reqs.enter())
+	return img.below.disk
+}
 
 // Snapshots returns the internal snapshots in the order of the snapshot table.
 func (img *Image) Snapshots() []Snapshot {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 )
@@ -62,8 +63,7 @@ func (o *RebaseOptions) validate() error {
 // crash leaves that, and at worst copies of what it reads there. When Rebase returns nil, the change is durable.
 //
 // Errors: *OptionError; ErrHeaderFull, before anything is written, if the name does not fit; ErrChain if the image would lie below
-// itself; ErrBackingRequired if the old backing file is not open; ErrBusy if another operation on the whole image came
-// between too often; ErrReadOnly, ErrFailed, those of the resolver, of both disks, of ctx and of the storage.
+// itself; ErrBackingRequired if the old backing file is not open; ErrReadOnly, ErrFailed, those of the resolver, of both disks, of ctx and of the storage.
 func (img *Image) Rebase(ctx context.Context, opts *RebaseOptions) error {
 	var o RebaseOptions
 	if opts != nil {
@@ -114,7 +114,8 @@ type rebaser struct {
 	h     *header // of the image as it is, with the new names
 	below backing // the new one
 	was   backing // the old one, once it is not in use any more
-	turns uint64  // of the image when copying began
+	// unmaps says that guest requests can make the image let go of what it holds.
+	unmaps bool
 }
 
 // prepare finds out whether the image can have the new backing file. Only within alone.
@@ -126,6 +127,7 @@ func (r *rebaser) prepare() error {
 	if old := &r.img.below; !r.o.Unsafe && old.missing != nil {
 		return fmt.Errorf("compare with the old backing file: %w", old.missing)
 	}
+	r.unmaps = h.version < 3
 	r.h = h.clone()
 	r.h.setBacking(r.o.BackingFile, r.o.BackingFormat)
 	_, _, err := r.img.planRewrite(r.h)
@@ -138,7 +140,7 @@ func (r *rebaser) open() (err error) {
 	if o.BackingFile == "" {
 		return nil
 	}
-	c := &chain{depth: 1}
+	c := &chain{depth: 1, cache: newTableCache(defaultL2Cache, tableSliceBits)}
 	for _, h := range []*hostFile{img.host, img.data} {
 		if id := h.s.Identity(); id != nil {
 			c.seen = append(c.seen, id)
@@ -149,7 +151,7 @@ func (r *rebaser) open() (err error) {
 	}
 	limits := img.limits
 	open := OpenOptions{Backing: o.Backing, Resolver: o.Resolver, Limits: &limits, Name: img.name, NoSync: img.host.noSync,
-		NoBacking: o.Backing == nil && o.Resolver == nil, L2CacheBytes: defaultL2Cache}
+		NoBacking: o.Backing == nil && o.Resolver == nil}
 	if !img.host.locked {
 		open.Lock = LockOff
 	}
@@ -157,72 +159,75 @@ func (r *rebaser) open() (err error) {
 	return err
 }
 
-// maxRebaseTurns is how often a rebase copies again because another operation on the whole image came between.
-const maxRebaseTurns = 4
-
-// run copies and switches.
+// run copies and switches. At first guest writes go on while it copies. Where another operation on the whole image came
+// between the copying and the switch, it copies again, and then keeps everybody out; so it does at once where guest
+// requests can take clusters out of the image: version 2 without a backing file has no other way to discard.
 func (r *rebaser) run() error {
-	for range maxRebaseTurns {
-		if !r.o.Unsafe && r.img.wb.test.amendSkip != amendSyncCopy {
-			r.turns = r.img.turns.Load()
-			if err := r.copy(); err != nil {
-				return err
-			}
+	img := r.img
+	if r.o.Unsafe {
+		return img.alone(r.change)
+	}
+	if !r.unmaps {
+		turns := img.turns.Load()
+		if err := r.copy(false); err != nil {
+			return err
 		}
 		done := false
-		err := r.img.exclusively(func() (err error) {
-			done, err = r.change()
-			return err
+		err := img.alone(func() error {
+			if done = img.turns.Load() == turns+1; !done { // this turn is the one that follows
+				return nil
+			}
+			return r.change()
 		})
 		if done || err != nil {
 			return err
 		}
 	}
-	return fmt.Errorf("%w: other operations on the image came between", ErrBusy)
+	all := clusterRange{first: 0, last: math.MaxUint64}
+	img.reqs.lock(&all)
+	defer img.reqs.unlock(&all)
+	if err := r.copy(true); err != nil {
+		return err
+	}
+	return img.aloneHeld(r.change)
 }
 
-// change is steps 2 and 3. It reports false if what was copied may not be all any more: another operation on the
-// whole image ended in the meantime. Only within exclusively.
-func (r *rebaser) change() (bool, error) {
+// change is steps 2 and 3. Only within alone. What the guest sees does not change, or by the caller's word not, so
+// that persistent bitmaps stay what they are.
+func (r *rebaser) change() error {
 	img := r.img
 	if err := r.ctx.Err(); err != nil {
-		return false, err
-	}
-	// This turn is the one that follows.
-	if !r.o.Unsafe && img.turns.Load() != r.turns+1 {
-		return false, nil
+		return err
 	}
 	if err := r.prepare(); err != nil {
-		return false, err
+		return err
 	}
 	now, err := img.rewriteHeader(r.h)
 	if err != nil {
-		return false, err
+		return err
 	}
-	return true, img.pausing(func() error {
+	return img.pausing(func() error {
+		img.mu.Lock()
+		defer img.mu.Unlock()
 		img.featureMu.Lock()
 		*img.hdr = *now
 		img.featureMu.Unlock()
 		r.was, img.below = img.below, r.below
-		img.mu.Lock()
-		defer img.mu.Unlock()
 		img.refreshInfo()
 		return nil
 	})
 }
 
-// rebasePiece is the number of guest bytes that are compared at once, while their clusters are held. It is a multiple
-// of no cluster: a piece ends with a cluster, and with the reach of an L2 slice.
+// rebasePiece is the number of guest bytes that are compared at once, while their clusters are held; a cluster where that
+// is larger.
 const rebasePiece = 1 << 20
 
-// copy is step 1.
-func (r *rebaser) copy() error {
+// copy is step 1. The caller holds all clusters, or none.
+func (r *rebaser) copy(held bool) error {
 	img := r.img
 	m := img.m
-	if !img.started.Load() {
-		if err := img.start(); err != nil {
-			return err
-		}
+	if img.wb.test.amendSkip == amendSyncCopy {
+		return nil
 	}
 	perSlice := uint64(1) << (m.sliceBits - m.l2EntryBits + m.clusterBits)
 	for off := uint64(0); off < img.size.Load(); {
@@ -231,7 +236,7 @@ func (r *rebaser) copy() error {
 		}
 		n := min(max(rebasePiece, m.clusterSize), perSlice-off&(perSlice-1))
 		seen := m.alloc.released.Load()
-		skip, err := r.copyPiece(off, n)
+		err := r.copyPiece(off, n, held)
 		if err == nil {
 			err = img.relieve()
 		}
@@ -241,7 +246,7 @@ func (r *rebaser) copy() error {
 			}
 			return err
 		}
-		off += skip
+		off += n
 		if r.o.Progress != nil {
 			size := img.size.Load()
 			r.o.Progress(int64(min(off, size)), int64(size))
@@ -250,33 +255,34 @@ func (r *rebaser) copy() error {
 	return nil
 }
 
-// copyPiece copies what differs of the n guest bytes at off, which lie within the reach of one L2 slice, and returns
-// how far it got: n, or more if there is nothing further on. The clusters are held, so that what the image does not
-// hold now it does not hold until the copies are made.
-func (r *rebaser) copyPiece(off, n uint64) (uint64, error) {
+// copyPiece copies what differs of the n guest bytes at off, which lie within the reach of one L2 slice. Their clusters
+// are held, so that what the image does not hold now it does not hold until the copies are made.
+func (r *rebaser) copyPiece(off, n uint64, held bool) error {
 	img := r.img
 	m := img.m
-	held := clusterRange{first: off >> m.clusterBits, last: (off + n - 1) >> m.clusterBits}
-	img.reqs.lock(&held)
-	defer img.reqs.unlock(&held)
+	if !held {
+		piece := clusterRange{first: off >> m.clusterBits, last: (off + n - 1) >> m.clusterBits}
+		img.reqs.lock(&piece)
+		defer img.reqs.unlock(&piece)
+	}
 	defer img.reqs.leave(img.reqs.enter())
 	if err := img.writable(); err != nil {
-		return 0, err
+		return err
 	}
 	end := min(off+n, img.size.Load())
 	for at := off; at < end; {
 		x, err := m.resolve(at, end-at)
 		if err != nil {
-			return 0, err
+			return err
 		}
 		if x.kind == kindUnallocated {
 			if err := r.copyRange(at, x.n); err != nil {
-				return 0, fmt.Errorf("guest %#x: %w", at, err)
+				return fmt.Errorf("guest %#x: %w", at, err)
 			}
 		}
 		at += x.n
 	}
-	return n, nil
+	return nil
 }
 
 // copyRange copies what differs of the n guest bytes at off, which the image does not hold. Their clusters are held.

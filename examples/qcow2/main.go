@@ -7,6 +7,8 @@
 //	         space is lost and nothing else, 63 if the format has nothing to check
 //	convert  a disk into another format
 //	map      where the content of a disk lies
+//	rebase   another backing file for an image
+//	amend    other features for an image
 //
 // Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
 // found in this way without its backing and data files. -f or --trust opens them.
@@ -59,6 +61,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceUsage:  true,
 	}
 	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand())
+	root.AddCommand(rebaseCommand(), amendCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)

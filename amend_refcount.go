@@ -45,7 +45,7 @@ func (w *widening) survey(ctx context.Context) error {
 	a := m.alloc
 	old := &m.geometry
 	most := maxRefcount(w.g.refcountOrder)
-	w.end, w.ranges = 0, nil
+	w.end, w.ranges, w.index = 0, nil, 0
 	seen := make(map[uint64]struct{})
 	for k, chunk := range a.table.all() {
 		for j := range chunk {

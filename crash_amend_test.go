@@ -42,7 +42,7 @@ type amendCase struct {
 	base     Disk   // the backing disk, or nil
 	baseFile []byte // its bytes
 	other    Disk   // the disk that a rebase names afterwards
-	change   func(img *Image) error
+	change   func(ctx context.Context, img *Image) error
 	old, now func(i *Info) bool // whether the features are those of before, of afterwards
 	test     testHooks
 }
@@ -82,7 +82,6 @@ func backingIs(name string) func(*Info) bool {
 
 // amendWorks are the operations: every part of Amend, and both kinds of Rebase.
 func amendWorks() []amendWork {
-	ctx := context.Background()
 	basic := func(c *amendCase, rng *rand.Rand) {
 		c.create.ClusterSize = 512 << rng.IntN(4)
 		c.size = int64(c.create.ClusterSize)*int64(60+rng.IntN(60)) + 512*rng.Int64N(2)
@@ -94,11 +93,11 @@ func amendWorks() []amendWork {
 		c.create.BackingFile, c.create.BackingFormat = "base", "raw"
 	}
 	amended := func(c *amendCase, o AmendOptions) {
-		c.change = func(img *Image) error { return img.Amend(ctx, &o) }
+		c.change = func(ctx context.Context, img *Image) error { return img.Amend(ctx, &o) }
 	}
 	rebased := func(c *amendCase, o RebaseOptions) {
 		o.Backing = c.other
-		c.change = func(img *Image) error { return img.Rebase(ctx, &o) }
+		c.change = func(ctx context.Context, img *Image) error { return img.Rebase(ctx, &o) }
 		c.old, c.now = backingIs(c.create.BackingFile), backingIs(o.BackingFile)
 	}
 	return []amendWork{
@@ -352,7 +351,7 @@ func (r *amendRun) perform() error {
 	if err != nil {
 		return err
 	}
-	if err := r.change(img); err != nil {
+	if err := r.change(context.Background(), img); err != nil {
 		return err
 	}
 	r.rec.Mark(amendDone{})
@@ -631,5 +630,59 @@ func TestCrashAmendBroken(t *testing.T) {
 			}
 			t.Errorf("nothing found in %d states", total.States)
 		})
+	}
+}
+
+// TestDowngradeNeverUncounted is the window of the downgrade to version 2 in which QEMU 7.2 leaves clusters of zeros
+// named by entries and without a refcount (after a crash there, the next allocation gives them to somebody else). Zero
+// clusters of the disk and of a snapshot are written out; in every state between the writes each cluster has at least
+// as many references counted as it has. With the sync between refcounts and entries left out the window is open, so
+// the states that are looked at are the ones that matter.
+func TestDowngradeNeverUncounted(t *testing.T) {
+	uncounted := func(seed uint64, skip amendSync) (states, bad int, first string) {
+		i := slices.IndexFunc(amendWorks(), func(w amendWork) bool { return w.name == "downgrade" })
+		c := newAmendCase(amendWorks()[i], seed)
+		c.test.amendSkip = skip
+		r, err := newAmendRun(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.perform(); err != nil {
+			t.Fatalf("%v: %v", c, err)
+		}
+		stats, err := r.rec.States(rand.New(rand.NewPCG(seed, 1)), crashtest.Options{PerPoint: 6}, func(s *crashtest.State) error {
+			d := s.Disk(r.image)
+			size, err := d.Size()
+			if err != nil {
+				return err
+			}
+			rep, err := refwalk.Walk(d, size)
+			if err != nil {
+				return err
+			}
+			if rep.TooLow > 0 {
+				if bad++; first == "" {
+					first = fmt.Sprintf("%v: %q\n%v", c, rep.Findings, s)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return stats.States, bad, first
+	}
+	states, open := 0, 0
+	for seed := uint64(1); seed <= 5; seed++ {
+		n, bad, first := uncounted(seed, amendSyncNone)
+		if states += n; bad > 0 {
+			t.Errorf("%d states with a cluster that has too few references: %s", bad, first)
+		}
+		_, bad, _ = uncounted(seed, amendSyncZeros)
+		open += bad
+	}
+	t.Logf("%d states; with the order broken %d are bad", states, open)
+	if open == 0 {
+		t.Error("the window was not looked at")
 	}
 }

@@ -277,6 +277,7 @@ type modelStats struct {
 	walks           int
 	tables          int // L2 tables at the end
 	tableMoves      int
+	amends          int // carried out, with rebases
 	compressedFound int // compressed clusters that the walks saw, at most at once
 }
 
@@ -293,6 +294,7 @@ func (s *modelStats) add(o modelStats) {
 	s.reopens += o.reopens
 	s.walks += o.walks
 	s.tableMoves += o.tableMoves
+	s.amends += o.amends
 	s.compressedFound = max(s.compressedFound, o.compressedFound)
 }
 
@@ -382,7 +384,7 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 		return err
 	}
 	src := refwalk.Source{Image: r.f.image, Size: size, Data: r.f.data}
-	if r.f.backing != nil {
+	if r.f.backing != nil && r.img.Info().BackingFile != "" {
 		src.Backing = func(p []byte, off int64) error { r.f.content.read(p, off); return nil }
 	}
 	other, err := refwalk.NewReader(src)
@@ -486,6 +488,10 @@ func (r *modelRun) do(o op) error {
 		return r.walk(false)
 	case opWalk:
 		return r.walk(false)
+	case opAmend:
+		return r.amend(o)
+	case opRebase:
+		return r.rebase(o)
 	case opReopen:
 		r.stats.reopens++
 		if err := r.close(); err != nil {
@@ -892,8 +898,8 @@ func TestModel(t *testing.T) {
 		return 300
 	})
 	t.Logf("%d of %d configurations: %+v", len(configs), len(all), s)
-	if s.packed == 0 || s.compressedFound == 0 || s.reopens == 0 {
-		t.Errorf("the slice has no compressed writes or reopens: %+v", s)
+	if s.packed == 0 || s.compressedFound == 0 || s.reopens == 0 || s.amends == 0 {
+		t.Errorf("the slice has no compressed writes, reopens or amends: %+v", s)
 	}
 }
 

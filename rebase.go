@@ -235,6 +235,13 @@ func (r *rebaser) copy(held bool) error {
 			return err
 		}
 		n := min(max(rebasePiece, m.clusterSize), perSlice-off&(perSlice-1))
+		if next, err := r.nextData(off); err != nil {
+			return err
+		} else if next = m.clusterStart(next); next >= off+n {
+			off = next
+			r.progress(off)
+			continue
+		}
 		seen := m.alloc.released.Load()
 		err := r.copyPiece(off, n, held)
 		if err == nil {
@@ -247,12 +254,47 @@ func (r *rebaser) copy(held bool) error {
 			return err
 		}
 		off += n
-		if r.o.Progress != nil {
-			size := img.size.Load()
-			r.o.Progress(int64(min(off, size)), int64(size))
-		}
+		r.progress(off)
 	}
 	return nil
+}
+
+// progress tells that everything before off was compared.
+func (r *rebaser) progress(off uint64) {
+	if r.o.Progress != nil {
+		size := r.img.size.Load()
+		r.o.Progress(int64(min(off, size)), int64(size))
+	}
+}
+
+// rebaseAhead is how far nextData looks, in bytes.
+const rebaseAhead = 1 << 30
+
+// nextData returns up to where from off on both chains are known to read as zeros; of a disk without anything further on, a
+// cluster's end behind the disk's.
+func (r *rebaser) nextData(off uint64) (uint64, error) {
+	img := r.img
+	defer img.reqs.leave(img.reqs.enter())
+	size := img.size.Load()
+	next := min(off+rebaseAhead, size)
+	for _, d := range []Disk{img.below.disk, r.below.disk} {
+		if d == nil || off >= uint64(d.Size()) {
+			continue
+		}
+		for e, err := range extentsOf(d, int64(off), int64(next-off)) {
+			if err != nil {
+				return 0, fmt.Errorf("backing file: %w", err)
+			}
+			if e.Kind != ExtentZero && e.Kind != ExtentUnallocated {
+				next = min(next, uint64(e.Off))
+				break
+			}
+		}
+	}
+	if next >= size {
+		next = size + img.m.clusterSize
+	}
+	return next, nil
 }
 
 // copyPiece copies what differs of the n guest bytes at off, which lie within the reach of one L2 slice. Their clusters
@@ -288,10 +330,6 @@ func (r *rebaser) copyPiece(off, n uint64, held bool) error {
 // copyRange copies what differs of the n guest bytes at off, which the image does not hold. Their clusters are held.
 func (r *rebaser) copyRange(off, n uint64) error {
 	img := r.img
-	zero, err := r.bothZero(off, n)
-	if err != nil || zero {
-		return err
-	}
 	buf := getBuffer(2 * n)
 	defer putBuffer(buf)
 	was, will := (*buf)[:n], (*buf)[n:]
@@ -318,7 +356,8 @@ func (r *rebaser) copyRange(off, n uint64) error {
 			}
 			end += k
 		}
-		if zeros && img.m.hasZeroFlag() {
+		var err error
+		if zeros && !img.m.version2 {
 			err = img.zeroUnallocated(off+at, end-at)
 		} else {
 			err = img.writeHeld(was[at:end], off+at)
@@ -331,32 +370,11 @@ func (r *rebaser) copyRange(off, n uint64) error {
 	return nil
 }
 
-// bothZero reports whether the range is known to read as zeros from both chains, without reading it.
-func (r *rebaser) bothZero(off, n uint64) (bool, error) {
-	for _, d := range []Disk{r.img.below.disk, r.below.disk} {
-		if d == nil || off >= uint64(d.Size()) {
-			continue
-		}
-		for e, err := range extentsOf(d, int64(off), int64(n)) {
-			if err != nil {
-				return false, fmt.Errorf("backing file: %w", err)
-			}
-			if e.Kind != ExtentZero && e.Kind != ExtentUnallocated {
-				return false, nil
-			}
-		}
-	}
-	return true, nil
-}
-
 // read reads p at guestOff from what lies below an image: zeros where there is nothing.
 func (b *backing) read(p []byte, guestOff uint64) error {
 	only := Image{below: *b}
 	return only.readBacking(p, guestOff)
 }
-
-// hasZeroFlag reports whether entries can say that a cluster reads as zeros.
-func (r *entryRules) hasZeroFlag() bool { return !r.version2 }
 
 // writeHeld writes p at guestOff, which lies within the reach of one L2 slice; the caller holds its clusters and is
 // registered.

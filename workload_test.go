@@ -23,6 +23,8 @@ const (
 	opSync    opKind = "sync"
 	opWalk    opKind = "walk" // the independent walk over the bytes as they stand, without a sync
 	opReopen  opKind = "reopen"
+	opAmend   opKind = "amend"  // amend seed: to what the seed says
+	opRebase  opKind = "rebase" // rebase seed: to the backing file, or to none
 )
 
 // op is one operation of a workload. Its text form is one line.
@@ -33,10 +35,14 @@ type op struct {
 }
 
 // ranged reports whether the operation has a range.
-func (o op) ranged() bool { return o.kind != opSync && o.kind != opWalk && o.kind != opReopen }
+func (o op) ranged() bool {
+	return o.kind != opSync && o.kind != opWalk && o.kind != opReopen && o.kind != opAmend && o.kind != opRebase
+}
 
 // seeded reports whether the operation has a seed.
-func (o op) seeded() bool { return o.writes() || o.kind == opReadV }
+func (o op) seeded() bool {
+	return o.writes() || o.kind == opReadV || o.kind == opAmend || o.kind == opRebase
+}
 
 // writes reports whether the operation changes the guest's disk.
 func (o op) writes() bool { return o.kind == opWrite || o.kind == opWriteV || o.kind == opWriteC }
@@ -61,7 +67,7 @@ func parseOp(line string) (op, error) {
 	}
 	o := op{kind: opKind(f[0])}
 	switch o.kind {
-	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
+	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen, opAmend, opRebase:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -81,7 +87,7 @@ func parseOp(line string) (op, error) {
 		o.n, err[1] = strconv.ParseInt(f[2], 0, 64)
 	}
 	if o.seeded() {
-		o.seed, err[2] = strconv.ParseUint(f[3], 0, 64)
+		o.seed, err[2] = strconv.ParseUint(f[want-1], 0, 64)
 	}
 	if e := errors.Join(err[:]...); e != nil {
 		return o, fmt.Errorf("operation %q: %w", line, e)
@@ -383,6 +389,9 @@ func generateOps(c workloadConfig, seed uint64, n int) []op {
 
 // op returns the next operation.
 func (g *generator) op() op {
+	if o, ok := g.amendOp(); ok {
+		return o
+	}
 	packed := 34 // percent of WriteCompressed; they turn mapped clusters into such as must be replaced
 	if g.c.external() {
 		packed = 1 // each is refused

@@ -138,14 +138,16 @@ func TestAmendQEMU(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
 			path := makeAmendImage(t, dir, i)
-			for _, a := range amends {
+			for j, a := range amends {
+				if os.Getenv(crashStatesEnv) == "" && (2*i+j)%5 != 0 && !(j == 0 && strings.HasPrefix(im.name, "zeros")) {
+					continue // all of them in the long run
+				}
 				theirs, ours := copyImage(t, path, "theirs"), copyImage(t, path, "ours")
 				qemutest.Dump(t, ours)
 				_, exit := qemutest.ImgExit(t, "amend", "-f", "qcow2", "-o", a.options, theirs)
 				img := openBeside(t, ours)
 				err := img.Amend(context.Background(), &a.ours)
 				if (exit == 0) != (err == nil) {
-					// QEMU cannot tell how a compressed cluster is packed once it dropped the type.
 					t.Errorf("%s: qemu-img exits with %d, our error is %v", a.options, exit, err)
 				}
 				if err != nil && !errors.Is(err, ErrOption) && !errors.Is(err, ErrTooLarge) {

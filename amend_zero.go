@@ -238,9 +238,10 @@ func (x *zeroExpansion) expand(t l2Place) error {
 		if host != old {
 			e.swaps = append(e.swaps, zeroSwap{pos: pos, old: old, now: host})
 			word = host
-			if t.active() && refs == 1 {
-				word |= flagCopied
-			}
+		}
+		// Whichever it is, nobody else refers to it any more, durably; its count is before the entry is (I7).
+		if t.active() && refs == 1 {
+			word |= flagCopied
 		}
 		binary.BigEndian.PutUint64(now[pos:], word)
 		if err := x.img.host.zero(useData, host, x.img.m.clusterSize); err != nil {

@@ -406,7 +406,7 @@ func (l *amendLook) state(s *crashtest.State) []crashFinding {
 	if len(l.findings) == 0 && s.Index%8 == 3 {
 		l.goOn(d, below)
 	}
-	if len(l.findings) == 0 && l.judge != nil && s.Index%50 == int(l.seed%50) && (below == nil || info.BackingFile == "base") {
+	if len(l.findings) == 0 && l.judge != nil && s.Index%20 == int(l.seed%20) && (below == nil || info.BackingFile == "base") {
 		l.ask(s.Disk(l.image))
 	}
 	return l.findings
@@ -560,7 +560,7 @@ func runAmendCase(c *amendCase, perPoint int, judge *crashJudge, total *amendTot
 // TestCrashAmend looks at a slice of the crash states of Amend and Rebase; with QCOW2_CRASH_STATES set at many more, at
 // least 10 000 of each operation.
 func TestCrashAmend(t *testing.T) {
-	perWork, perPoint := 300, 3
+	perWork, perPoint := 100, 2
 	if n, err := strconv.Atoi(os.Getenv(crashStatesEnv)); err == nil {
 		perWork, perPoint = max(10_000, n/len(amendWorks())), 12
 	}
@@ -584,7 +584,7 @@ func TestCrashAmend(t *testing.T) {
 			}
 			t.Logf("%-10s %4d runs, %s, %d with the old features, %d written, %d judged by QEMU", w.name, total.runs, total.Stats, total.before, total.written, total.judged)
 			if total.before == 0 || total.written == 0 || judge != nil && total.judged == 0 {
-				t.Errorf("%s: the states are too few", w.name)
+				t.Errorf("%s: %d states with the old features, %d written, %d judged: too few", w.name, total.before, total.written, total.judged)
 			}
 		}()
 	}

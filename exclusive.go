@@ -161,7 +161,9 @@ func (img *Image) reloadPaused() error {
 	img.lazy = h.lazyRefcounts()
 
 	m := img.m
-	m.geometry, m.version2 = h.geometry(), h.version < 3
+	// The rest of the geometry does not change, and is read without a registration.
+	g := h.geometry()
+	m.refcountOrder, m.refBlockBits, m.version2 = g.refcountOrder, g.refBlockBits, h.version < 3
 	m.cache.forget(m.id)
 	img.decoded.forget()
 	l1, err := readTable(img.host, h.l1Off, uint64(h.l1Size), uint64(size))

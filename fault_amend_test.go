@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"syscall"
 	"testing"
 
@@ -33,10 +34,14 @@ func TestFaultsAmend(t *testing.T) {
 		t.Run(w.name, func(t *testing.T) {
 			t.Parallel()
 			runs, failed, final := 0, 0, 0
-			for seed := uint64(1); seed <= 2; seed++ {
+			seeds := uint64(1)
+			if os.Getenv(crashStatesEnv) != "" {
+				seeds = 20
+			}
+			for seed := uint64(1); seed <= seeds; seed++ {
 				c := newAmendCase(w, seed+3)
-				if c.size > 64<<10 {
-					c.size, c.fill = 64<<10, 0.3
+				if most := int64(12 * c.create.ClusterSize); c.size > most {
+					c.size = most
 				}
 				r, err := newAmendRun(c)
 				if err != nil {

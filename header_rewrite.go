@@ -27,7 +27,7 @@ type headerWrite struct {
 }
 
 // headerStep is one change of the header, from one valid header to another: first beside, sync, then sector, which
-// lies within the first sector, sync.
+// lies within the first sector, sync. One without a sector only blanks what nobody looks at, and needs no sync.
 type headerStep struct {
 	beside []headerWrite
 	sector headerWrite // p is empty if the first sector stays as it is
@@ -418,13 +418,13 @@ func (img *Image) writeHeaderStep(s headerStep) error {
 			return err
 		}
 	}
+	if len(s.sector.p) == 0 {
+		return nil
+	}
 	if len(s.beside) > 0 && !early {
 		if err := img.host.sync(); err != nil {
 			return err
 		}
-	}
-	if len(s.sector.p) == 0 {
-		return nil
 	}
 	return img.switchHeader(int64(s.sector.off), s.sector.p)
 }

@@ -96,11 +96,12 @@ func checkHeaderSteps(t testing.TB, b []byte, steps []headerStep, want *header, 
 				off, p = off+n, p[n:]
 			}
 		}
-		subsets := 1 << min(len(pieces), 6)
+		const bits = 4 // of all subsets of so many; the rest at random
+		subsets := 1 << min(len(pieces), bits)
 		for k := range subsets {
 			state := bytes.Clone(b)
 			for j, p := range pieces {
-				if j < 6 && k>>j&1 != 0 || j >= 6 && rng.IntN(2) == 0 {
+				if j < bits && k>>j&1 != 0 || j >= bits && rng.IntN(2) == 0 {
 					copy(state[p.off:], p.p)
 				}
 			}
@@ -236,7 +237,7 @@ func changeHeader(h *header, rng *rand.Rand) *header {
 // TestHeaderRewrite rewrites random headers into others: every crash state between the writes is the old header or
 // the new one.
 func TestHeaderRewrite(t *testing.T) {
-	n := 1500
+	n := 150
 	if os.Getenv(crashStatesEnv) != "" {
 		n = 50_000
 	}
@@ -285,7 +286,7 @@ func TestHeaderRewrite(t *testing.T) {
 		stepCounts[k]++
 	}
 	t.Logf("by number of steps: %v; no room for %d; feature names dropped from %d", stepCounts, full, dropped)
-	if full == 0 || stepCounts[2] == 0 || dropped == 0 {
+	if full == 0 || stepCounts[2] == 0 || n > 10_000 && dropped == 0 {
 		t.Error("the headers are too easy")
 	}
 }

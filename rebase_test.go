@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -51,7 +52,10 @@ func TestRebaseQEMU(t *testing.T) {
 			qemutest.IO(t, filepath.Join(dir, "longer"), "write -P 9 0 4M", "write -P 6 500k 1000", "write -P 5 7M 2M", "write -z 1500k 64k")
 			raw := filepath.Join(dir, "raw")
 			qemutest.Img(t, "convert", "-f", "qcow2", "-O", "raw", path, raw)
-			for _, o := range bases {
+			for j, o := range bases {
+				if os.Getenv(crashStatesEnv) == "" && j%3 != i%3 {
+					continue // all of them in the long run
+				}
 				theirs, ours := copyImage(t, path, "theirs"), copyImage(t, path, "ours")
 				qemutest.Dump(t, ours)
 				args := []string{"rebase", "-f", "qcow2", "-b", o.BackingFile}

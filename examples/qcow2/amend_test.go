@@ -71,8 +71,10 @@ func TestAmendRebase(t *testing.T) {
 			if refused := strings.HasPrefix(tt.name, "refused"); refused != (got != 0) {
 				t.Errorf("exit code %d: %s", got, stderr)
 			}
-			qemutest.CheckClean(t, "ours")
-			qemutest.Compare(t, "theirs", "qcow2", "ours", "qcow2")
+			if got == 0 {
+				qemutest.CheckClean(t, "ours")
+				qemutest.Compare(t, "theirs", "qcow2", "ours", "qcow2")
+			}
 			info := func(name string) any {
 				s := qemutest.Img(t, "info", "-U", "-f", "qcow2", "--output=json", name)
 				m := decode(t, strings.ReplaceAll(s, name, "IMAGE")).(map[string]any)

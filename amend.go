@@ -266,25 +266,16 @@ func (a *amender) placeSnapshots() (clusterRun, error) {
 	return run, nil
 }
 
-// allocRun returns n free clusters in one run, with refcount one.
-func (a *allocator) allocRun(n uint64) (clusterRun, error) {
-	r, err := a.find(a.many, n, n)
-	if err != nil {
-		return r, err
-	}
-	return r, a.raise(r)
-}
-
 // finish is what follows the switch: the memory is made what the disk is now, and what the header named before is
 // freed. Readers may still look at none of that.
 func (a *amender) finish(width *widening, tableMoved bool) error {
 	img := a.img
-	var freed []clusterRun
+	var freed []freedRun
 	if width.placed {
 		freed = width.old()
 	}
 	if n := img.snapshotTableBytes(); tableMoved && n > 0 {
-		freed = append(freed, clusterRun{first: img.hdr.snapshotsOff >> img.m.clusterBits, n: img.m.clusters(n)})
+		freed = append(freed, freedRun{clusterRun{first: img.hdr.snapshotsOff >> img.m.clusterBits, n: img.m.clusters(n)}, dropOther})
 	}
 	if err := img.reload(); err != nil {
 		return err
@@ -299,8 +290,8 @@ func (a *amender) finish(width *widening, tableMoved bool) error {
 	defer img.mu.Unlock()
 	img.wb.lowered = true
 	rest, err := img.m.alloc.release(freed)
-	if len(rest) > 0 {
-		img.wb.limbo = append(img.wb.limbo, freedCut{runs: rest}) // the next cut tries again
+	for _, r := range rest {
+		img.m.alloc.freeFor(r.cause, r.clusterRun) // the next cut tries again
 	}
 	_ = errors.Join(err, img.m.alloc.writeBack()) // what could not be written stays dirty
 	return nil

@@ -205,13 +205,13 @@ func (w *widening) giveUp() {
 }
 
 // old returns the clusters of the structures that are in force, and will not be any more.
-func (w *widening) old() []clusterRun {
+func (w *widening) old() []freedRun {
 	a := w.img.m.alloc
-	runs := []clusterRun{{first: a.tableOff >> w.g.clusterBits, n: a.tableClusters}}
+	runs := []freedRun{{clusterRun{first: a.tableOff >> w.g.clusterBits, n: a.tableClusters}, dropOther}}
 	for _, chunk := range a.table.all() {
 		for j := range chunk {
 			if off := a.table.at(chunk, j); off != 0 {
-				runs = append(runs, clusterRun{first: off >> w.g.clusterBits, n: 1})
+				runs = append(runs, freedRun{clusterRun{first: off >> w.g.clusterBits, n: 1}, dropOther})
 			}
 		}
 	}

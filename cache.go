@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 )
@@ -34,6 +35,8 @@ type tableCache struct {
 	loading map[sliceKey]*sliceLoad // slices being read; guarded by mu
 	dirty   []*l2Slice              // slices with unwritten changes, of all images; guarded by mu
 	hand    uint                    // of the clock that finds victims; guarded by mu
+	ids     map[uint16]struct{}     // numbers in use that takeID gave out; guarded by mu
+	lastID  uint16                  // the last of them; guarded by mu
 }
 
 // sliceKey names a slice: the image's number in the chain in the upper 16 bits, and the host offset of
@@ -264,6 +267,36 @@ func (c *tableCache) forget(id uint16) {
 			s.resident = false
 		}
 	}
+}
+
+// takeID returns a number that no image of the chain has, for one that is read by tables of its own. It goes back with
+// giveID.
+func (c *tableCache) takeID() (uint16, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	const first, last = maxChainDepth + 1, 1<<16 - 1
+	if c.ids == nil {
+		c.ids = make(map[uint16]struct{})
+	}
+	if len(c.ids) > last-first {
+		return 0, fmt.Errorf("%w: %d snapshots are open", ErrBusy, len(c.ids))
+	}
+	for {
+		if c.lastID++; c.lastID < first {
+			c.lastID = first
+		}
+		if _, taken := c.ids[c.lastID]; !taken {
+			c.ids[c.lastID] = struct{}{}
+			return c.lastID, nil
+		}
+	}
+}
+
+// giveID gives a number of takeID back. The cache has forgotten it.
+func (c *tableCache) giveID(id uint16) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.ids, id)
 }
 
 // change runs f, which changes s.words, and marks the slice dirty. It reports false, without running

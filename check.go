@@ -77,6 +77,10 @@ const (
 	FindingSnapshotTable
 	// FindingSnapshotEntry is a snapshot table entry that lacks what its version demands.
 	FindingSnapshotEntry
+	// FindingSnapshotExtra is a snapshot table entry with more extra data than any reader takes, which is 1 KiB. Found is
+	// its length in bytes. RepairAll finds it, and cuts the rest off, which nobody knows; a check without it stops there:
+	// see FindingSnapshotTable.
+	FindingSnapshotExtra
 	// FindingSnapshotL1 is a snapshot whose L1 table is impossible: the snapshot cannot be used.
 	FindingSnapshotL1
 	// FindingSnapshotDataFile is that an image with an external data file has snapshots.
@@ -85,6 +89,10 @@ const (
 	FindingBitmapDirectory
 	// FindingBitmapTable is an entry of a bitmap's table that is impossible.
 	FindingBitmapTable
+	// FindingShared is a table in a cluster that is something else too: another table, or guest data. A write to one
+	// changes the other. Found is the number of references to the cluster, Expected that of those that make it the
+	// table. RepairAll gives each its own copy, if that takes no more than 256 MiB and there is room.
+	FindingShared
 	// FindingPastEnd is a refcount that is not zero of a cluster past the end of the file. It is harmless,
 	// and counts as nothing.
 	FindingPastEnd
@@ -109,10 +117,12 @@ var findingWords = [...]string{
 	FindingUnreadable:       "refcounts cannot be read",
 	FindingSnapshotTable:    "cannot be read",
 	FindingSnapshotEntry:    "incomplete",
+	FindingSnapshotExtra:    "extra data above 1 KiB",
 	FindingSnapshotL1:       "impossible",
 	FindingSnapshotDataFile: "snapshots with an external data file",
 	FindingBitmapDirectory:  "cannot be read",
 	FindingBitmapTable:      "impossible entry",
+	FindingShared:           "in a cluster that is something else too",
 	FindingPastEnd:          "refcount of a cluster past the end of the file",
 }
 
@@ -199,7 +209,10 @@ type CheckResult struct {
 	// Unreadable is the number of entries that no reader accepts, and that qemu-img check passes over:
 	// FindingZeroFlag and FindingDataFilePlace. They are corruptions that count nowhere else.
 	Unreadable int64
-	// CorruptionsFixed (unreadable entries too) and LeaksFixed are the numbers of findings that a repair mended.
+	// Shared is the number of tables in clusters that are something else too, FindingShared, which qemu-img check passes
+	// over where the refcounts are right. They are corruptions that count nowhere else.
+	Shared int64
+	// CorruptionsFixed (unreadable entries and shared tables too) and LeaksFixed are the numbers of findings that a repair mended.
 	CorruptionsFixed, LeaksFixed int64
 	// LostCopied is the part of Corruptions that is harmless: FindingCopiedLost.
 	LostCopied int64
@@ -221,14 +234,20 @@ func (r *CheckResult) Clean() bool { return r.Leaks == 0 && r.sound() }
 
 // sound reports that the whole image was checked and nothing but leaks was found, or is left.
 func (r *CheckResult) sound() bool {
-	return r.Corruptions == 0 && r.Unreadable == 0 && r.CheckErrors == 0
+	return r.corrupt() == 0 && r.CheckErrors == 0
 }
+
+// corrupt returns the number of corruptions of all totals.
+func (r *CheckResult) corrupt() int64 { return r.Corruptions + r.Unreadable + r.Shared }
 
 // count counts a finding in its total.
 func (r *CheckResult) count(f Finding) {
 	switch f.Kind {
 	case FindingZeroFlag, FindingDataFilePlace:
 		r.Unreadable += f.Times
+		return
+	case FindingShared:
+		r.Shared += f.Times
 		return
 	}
 	switch f.Kind.Class() {

@@ -106,12 +106,17 @@ func (r *refWords) word(ci uint64) *uint16 {
 		c.sparse = slices.Insert(c.sparse, i, sparseRef{index: index})
 		return &c.sparse[i].word
 	}
+	c.spread()
+	return &c.words[index]
+}
+
+// spread makes an array of the list.
+func (c *refChunk) spread() {
 	c.words = new([refChunkWords]uint16)
 	for _, s := range c.sparse {
 		c.words[s.index] = s.word
 	}
 	c.sparse = nil
-	return &c.words[index]
 }
 
 // load returns the word of cluster ci, or 0.

@@ -384,6 +384,13 @@ func (c *checker) entry(r l2Ref, e l2Entry, i, guest, next uint64) uint64 {
 	case c.external:
 		if off != guest && c.offsetInCluster(off) == 0 {
 			find(FindingDataFilePlace)
+		} else if active > 1 {
+			// The table can be right for one of the L1 entries that name it.
+			f.Times = int64(active - 1)
+			find(FindingDataFilePlace)
+		}
+		if active > 1 {
+			c.split[r.off], c.structural = true, true
 		}
 	case c.offsetInCluster(off) != 0 || !c.refer(off, c.clusterSize, times, flag, f):
 		c.copiedWrong = c.copiedWrong || flag != 0

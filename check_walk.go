@@ -44,6 +44,7 @@ type checker struct {
 	snapBytes uint64     // bytes of the snapshot table
 	l2        []l2Ref    // the L2 tables, by host offset
 	pending   []l2Ref    // not yet merged into l2
+	bitmaps   []span     // the tables of bitmaps
 	misplaced []l2Ref    // what L1 entries name that no L2 table can be: not aligned, or the header; see misplacedBytes
 
 	unusable    bool // a refcount block, or the table, cannot be used: to be repaired, it must be replaced
@@ -52,6 +53,12 @@ type checker struct {
 	uncounted   bool // references are not known: nothing may be concluded from the counts
 	copiedWrong bool // a COPIED flag contradicts a refcount
 	structural  bool // an entry must be mended, beyond counts and COPIED
+
+	shared map[sharedTable]bool // tables in clusters that are something else too
+	split  map[uint64]bool      // L2 tables, by host offset, that several active L1 entries name, and can be right for one alone
+	over   map[uint64]uint64    // references that refs could not count, by cluster; at most maxOver clusters
+
+	cutExtra bool // take snapshots with too much extra data for what a repair makes of them
 
 	endOnly bool   // count nothing, but find the end of what is referred to
 	end     uint64 // with endOnly: the host offset behind the last cluster that is
@@ -72,8 +79,12 @@ func newChecker(ctx context.Context, host *hostFile, h *header, size int64, o *C
 		size:       (uint64(max(size, 0)) + sectorSize - 1) &^ (sectorSize - 1),
 		most:       maxRefcount(g.refcountOrder),
 		refs:       newRefWords(),
+		shared:     make(map[sharedTable]bool),
+		split:      make(map[uint64]bool),
+		over:       make(map[uint64]uint64),
 		res:        &CheckResult{TotalClusters: int64(g.clusters(h.virtualSize()))},
 		found:      o.Found,
+		cutExtra:   o.Repair == RepairAll,
 		progress:   o.Progress,
 	}
 	return c
@@ -122,7 +133,7 @@ func (c *checker) countAll() error {
 		return err
 	}
 	c.refer(0, c.clusterSize, 1, 0, part(FindingBeyondEnd, "header", 0))
-	steps := []func() error{c.walkActive, c.walkSnapshots, c.walkTables, c.walkSmall, c.walkBitmaps, c.walkBlocks}
+	steps := []func() error{c.walkActive, c.walkSnapshots, c.walkTables, c.walkSmall, c.walkBitmaps, c.walkBlocks, c.findShared}
 	for _, step := range steps {
 		if err := step(); err != nil || c.uncounted {
 			return err
@@ -178,7 +189,7 @@ func (c *checker) readSnapshots() error {
 	if h.nbSnapshots == 0 || h.checkTableOffset("", h.snapshotsOff, minSnapshotEntry) != nil {
 		return nil
 	}
-	t := &tableReader{what: "snapshot table", start: h.snapshotsOff, off: h.snapshotsOff, limit: maxSnapshotBytes}
+	t := &tableReader{what: "snapshot table", start: h.snapshotsOff, off: h.snapshotsOff, limit: maxSnapshotBytes, cutExtra: c.cutExtra}
 	t.r = bufio.NewReaderSize(&paddedReader{c.h.s, int64(c.size), int64(h.snapshotsOff)}, tableReadSize)
 	for i := range min(h.nbSnapshots, maxSnapshots) {
 		if t.off >= c.size {
@@ -200,6 +211,11 @@ func (c *checker) readSnapshots() error {
 			c.structural = true
 			c.find(Finding{Kind: FindingSnapshotEntry, Part: "snapshot table", HostOff: int64(s.entryOff), GuestOff: noOffset,
 				Found: uint64(len(s.extra)), Expected: snapExtraDiskSize + 8})
+		}
+		if s.cut > 0 {
+			c.structural = true
+			c.find(Finding{Kind: FindingSnapshotExtra, Part: "snapshot table", HostOff: int64(s.entryOff), GuestOff: noOffset,
+				Found: uint64(len(s.extra)) + uint64(s.cut), Expected: maxSnapshotExtra})
 		}
 		c.snapshots = append(c.snapshots, s)
 	}
@@ -261,6 +277,7 @@ func (c *checker) referAll(off, n, times uint64, flags uint16, f Finding) {
 	}
 	for ci := off >> c.clusterBits; ci <= (off+n-1)>>c.clusterBits; ci++ {
 		if over := c.refs.add(ci, times, flags, c.most); over > 0 {
+			c.addOver(ci, over)
 			c.find(Finding{Kind: FindingOverflow, Part: f.Part, HostOff: int64(ci << c.clusterBits), GuestOff: f.GuestOff,
 				Found: c.most, Expected: c.most + over, Times: int64(over)})
 		}
@@ -437,6 +454,7 @@ func (c *checker) walkBitmaps() error {
 		if !c.refer(b.tableOff, uint64(b.tableSize)*8, 1, 0, part(FindingBeyondEnd, "bitmap table", b.tableOff)) {
 			c.badBitmaps, c.structural = true, true
 		}
+		c.bitmaps = append(c.bitmaps, span{lo: b.tableOff, hi: b.tableOff + uint64(b.tableSize)*8})
 		err := c.words(b.tableOff, uint64(b.tableSize), func(i, w uint64) error {
 			f := Finding{Part: "bitmap table", HostOff: int64(b.tableOff + 8*i), GuestOff: noOffset, Found: w}
 			off := w & offsetMask

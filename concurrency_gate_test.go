@@ -30,6 +30,8 @@ const (
 	beforeWrite
 	afterWrite
 	beforeSync
+	beforePunch
+	afterPunch
 )
 
 // hookStorage is a storage that calls a function around its reads, writes and syncs.
@@ -62,6 +64,14 @@ func (s *hookStorage) WriteAt(p []byte, off int64) (int, error) {
 	n, err := s.Storage.WriteAt(p, off)
 	s.call(afterWrite, off, len(p))
 	return n, err
+}
+
+// PunchHole implements Storage.
+func (s *hookStorage) PunchHole(off, n int64) error {
+	s.call(beforePunch, off, int(n))
+	err := s.Storage.PunchHole(off, n)
+	s.call(afterPunch, off, int(n))
+	return err
 }
 
 // Sync implements Storage.

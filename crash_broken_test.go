@@ -27,6 +27,9 @@ func TestCrashBroken(t *testing.T) {
 		{"header before its table", testHooks{headerFirst: true}, "growth", "I3", 8},
 		{"reuse at once/rewrite", testHooks{reuseImmediately: true}, "rewrite", "I4", 8},
 		{"reuse at once/compressed", testHooks{reuseImmediately: true}, "compressed", "I4", 8},
+		{"punch before the drop", testHooks{punchEarly: true}, "discard", "I4", 12},
+		{"punch after the release", testHooks{punchLate: true}, "discard", "I4", 12},
+		{"reuse at once/discard", testHooks{reuseImmediately: true}, "discard", "I4", 12},
 		{"reuse at once/snapshot", testHooks{reuseImmediately: true}, "snapshot", "I4", 8},
 	}
 	workloads := make(map[string]crashWorkload)

@@ -23,10 +23,12 @@ import (
 //
 //	QCOW2_CRASH_STATES=100000 go test -run TestCampaignCrash -timeout 60m -v .
 //
-// Another run looks at other states if QCOW2_CRASH_SEED gives the first seed; its default is 1.
+// Another run looks at other states if QCOW2_CRASH_SEED gives the first seed; its default is 1. QCOW2_CRASH_WORKLOADS
+// names workloads, separated by commas, to look at them alone.
 const (
 	crashStatesEnv = "QCOW2_CRASH_STATES"
 	crashSeedEnv   = "QCOW2_CRASH_SEED"
+	crashNamesEnv  = "QCOW2_CRASH_WORKLOADS"
 )
 
 // crashFinding is something that a crash must not leave.
@@ -676,7 +678,11 @@ func runCrashWorkloads(t *testing.T, firstSeed uint64, perWorkload, perRun int) 
 	totals := make(map[string]*crashTotals)
 	next := make(chan struct{}, runtime.GOMAXPROCS(0))
 	var wg sync.WaitGroup
+	only := os.Getenv(crashNamesEnv)
 	for _, w := range crashWorkloads() {
+		if only != "" && !slices.Contains(strings.Split(only, ","), w.name) {
+			continue
+		}
 		names = append(names, w.name)
 		total := &crashTotals{}
 		totals[w.name] = total

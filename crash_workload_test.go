@@ -45,18 +45,22 @@ type crashConfig struct {
 	compressed int // percent of the operations that are WriteCompressed
 	sync       int // percent that are Sync
 	reopen     int // percent that are Close and a new open
+	discards   int // percent of the others that are Discard or WriteZeroes
+	discard    DiscardMode
+	noUnref    bool
 
-	test testHooks
+	script func(g *crashGenerator, img *Image) error // takes the place of the random operations
+	test   testHooks
 }
 
 // String describes the configuration in one line.
 func (c *crashConfig) String() string {
 	return fmt.Sprintf("workload %s seed %d: cluster %d, refcount bits %d, version %d, size %#x, extended %t, %v, lazy %t, "+
 		"backing %q, data file %t (raw %t), device %t, tiny caches %t, fill %.2f (a third %t), packed %.2f, snapshot %t, zeros %t, full %t, edge %t, "+
-		"create %t, overwrite %t, writers %d",
+		"create %t, overwrite %t, writers %d, discards %d %% (mode %d, no unref %t)",
 		c.workload, c.seed, c.create.ClusterSize, c.create.RefcountBits, c.create.Version, c.size, c.create.ExtendedL2, c.create.Compression,
 		c.create.LazyRefcounts, c.backing, c.create.DataFile != "", c.create.DataFileRaw, c.device, c.tiny, c.fill, c.third, c.packed,
-		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers)
+		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers, c.discards, c.discard, c.noUnref)
 }
 
 // crashWorkloads are the workloads. Together they hold what docs/GUARANTEES.md speaks of: allocation, rewriting
@@ -81,7 +85,7 @@ func crashWorkloads() []crashWorkload {
 		}
 	}
 	all := []int{1, 2, 4, 8, 16, 32, 64}
-	return []crashWorkload{
+	workloads := []crashWorkload{
 		{"allocate", func(c *crashConfig, rng *rand.Rand) {
 			basic(c, rng, all...)
 			c.fill, c.third = rng.Float64(), true
@@ -184,6 +188,8 @@ func crashWorkloads() []crashWorkload {
 			}
 		}},
 	}
+	workloads = append(workloads, crashDiscardWorkloads(workloads)...)
+	return workloads
 }
 
 // newCrashConfig returns the configuration of a workload and seed. The seed's parity alternates regular
@@ -365,7 +371,7 @@ func (r *crashRun) record(name string, content []byte) *crashtest.File {
 
 // openOptions returns the options of a writable open with these files.
 func (r *crashRun) openOptions(data Storage) *OpenOptions {
-	o := &OpenOptions{ReadWrite: true, Backing: r.backingDisk, DataFile: data, test: r.test}
+	o := &OpenOptions{ReadWrite: true, Backing: r.backingDisk, DataFile: data, test: r.test, Discard: r.discard, DiscardNoUnref: r.noUnref}
 	if r.tiny {
 		o.L2CacheBytes, o.RefcountCacheBytes = 1, 1
 	}
@@ -554,6 +560,12 @@ func (r *crashRun) perform() error {
 		return r.syncWith("close", img.Close)
 	}
 	g := newCrashGenerator(r, rng, 0, r.size)
+	if r.script != nil {
+		if err := r.script(g, img); err != nil {
+			return err
+		}
+		return r.syncWith("close", img.Close)
+	}
 	for range r.ops {
 		if rng.IntN(100) < r.reopen {
 			if err := r.syncWith("close", img.Close); err != nil {
@@ -636,6 +648,9 @@ func (g *crashGenerator) step(img *Image) error {
 	k := g.rng.IntN(100)
 	if k < g.sync {
 		return g.syncWith("sync", img.Sync)
+	}
+	if g.discards > 0 && g.rng.IntN(100) < g.discards {
+		return g.zeroing(img)
 	}
 	off := g.start + g.rng.Int64N(g.end-g.start)
 	if g.rng.IntN(10) < 5 {

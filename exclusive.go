@@ -71,7 +71,7 @@ func (img *Image) settle() error {
 	if n := len(img.wb.limbo); n > 0 {
 		img.reqs.waitPast(img.wb.limbo[n-1].epoch)
 	}
-	if err := errors.Join(img.releaseLimbo(), img.m.alloc.writeBack()); err != nil {
+	if err := errors.Join(img.releaseAll(), img.m.alloc.writeBack()); err != nil {
 		return err
 	}
 	if !img.wb.dirty && !img.wb.lowered {
@@ -181,6 +181,7 @@ func (img *Image) reloadPaused() error {
 	if img.snapshots, err = readSnapshotTable(s, size, h, img.limits); err != nil {
 		return err
 	}
+	img.reloadSnapshots(uint64(size))
 	img.refreshInfo()
 	return img.watchMetadata()
 }

@@ -118,7 +118,8 @@ func (s *faultStorage) Close() error {
 	return s.Unlock()
 }
 
-// faultStep is one operation on an image: 'w' writes, 'c' writes compressed, 'r' reads, 's' syncs.
+// faultStep is one operation on an image: 'w' writes, 'c' writes compressed, 'r' reads, 's' syncs, 'd' discards, 'z'
+// zeroes, 'u' zeroes and unmaps.
 type faultStep struct {
 	op     byte
 	off, n int64 // in bytes; a c counts in clusters
@@ -214,7 +215,7 @@ type faultScenario struct {
 // push something out.
 func faultScenarios() []faultScenario {
 	tiny := OpenOptions{L2CacheBytes: 1, RefcountCacheBytes: 1}
-	return []faultScenario{
+	scenarios := []faultScenario{
 		{
 			name: "plain", size: 256 << 10, create: CreateOptions{ClusterSize: 512}, open: tiny,
 			prepare: []faultStep{{'w', 0, 3000}, {'w', 100_000, 700}},
@@ -292,6 +293,7 @@ func faultScenarios() []faultScenario {
 			steps:   []faultStep{{'w', 1961 << 10, 30 << 10}, {'w', 2200 << 10, 100}, {'s', 0, 0}, {'w', 2000 << 10, 40 << 10}, {'w', 100, 1000}, {'w', 2100 << 10, 9 << 10}},
 		},
 	}
+	return append(scenarios, faultDiscardScenarios()...)
 }
 
 // appendClusters appends n zero clusters to the image file b, whose refcount blocks must reach so far,
@@ -528,6 +530,8 @@ func (r *faultRun) do(k int, s faultStep) error {
 		}
 		r.model.wrote(s.off*cluster, p, n)
 		return err
+	case 'd', 'z', 'u':
+		return r.zero(s)
 	case 's':
 		err := r.img.Sync()
 		if err == nil {

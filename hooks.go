@@ -9,21 +9,39 @@ type testHooks struct {
 	hookFirst        bool // write a refcount table entry before its block is durable: breaks I3
 	headerFirst      bool // switch the header before the refcount table is durable: breaks I3
 	reuseImmediately bool // hand out clusters whose drop is not durable: breaks I4
+	punchEarly       bool // punch clusters before their drop is durable: breaks I4
+	punchLate        bool // punch clusters after they were released: breaks I4
 
 	repairSkip repairSync // the sync of a repair that is left out
 	amendSkip  amendSync  // the sync of a header rewrite, Rebase or Amend that is left out
+
+	snapshotSkip snapshotSyncs // the syncs of operations on snapshots that are left out
+	keepCopied   bool          // leave COPIED in the tables of a snapshot that is applied: breaks I7
 }
+
+// snapshotSyncs is a set of places in operations on snapshots where what was written must be durable before what
+// follows.
+type snapshotSyncs int
+
+const (
+	snapshotSyncBeside snapshotSyncs = 1 << iota // new tables, and COPIED off: before counts are raised, else I7
+	snapshotSyncRaise                            // raised counts, before the header names who they are for: else I1
+	snapshotSyncSwitch                           // the header, before counts are lowered of what it named: else I1
+	snapshotSyncLower                            // lowered counts, before COPIED says that they are one: else I7
+	snapshotLowerFirst                           // not a sync: counts are lowered before the header changes
+)
 
 // repairSync is a place in a repair where what was written must be durable before what follows.
 type repairSync int
 
 const (
-	repairSyncNone  repairSync = iota
-	repairSyncClear            // COPIED off, before counts are raised above one: else I7
-	repairSyncTable            // new refcount structures, before the header names them: else I3
-	repairSyncMend             // entries, before the counts of what they named are lowered: else I1
-	repairSyncLower            // lowered counts, before COPIED says that they are one: else I7
-	repairSyncOther            // any other
+	repairSyncNone   repairSync = iota
+	repairSyncClear             // COPIED off, before counts are raised above one: else I7
+	repairSyncTable             // new refcount structures, before the header names them: else I3
+	repairSyncCopies            // copies of tables, before anything names them: else I3
+	repairSyncMend              // entries, before the counts of what they named are lowered: else I1
+	repairSyncLower             // lowered counts, before COPIED says that they are one: else I7
+	repairSyncOther             // any other
 )
 
 // amendSync is a place in a header rewrite, a Rebase or an Amend where what was written must be durable before what

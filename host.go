@@ -243,6 +243,39 @@ func (h *hostFile) zeroFor(use clusterUse, guestOff int64, off, n uint64) error 
 	return nil
 }
 
+// punch gives the space of the n bytes at off back to the host: a wish that it may not grant, so its errors are
+// nobody's. Guest data of guestOff stood there, or noOffset. It is a write to the overlap list: it may meet
+// metadata of the own kinds alone (I8). A file that failed is not punched; that failure is returned.
+func (h *hostFile) punch(own OverlapKinds, guestOff int64, off, n uint64) error {
+	if err := h.failure(); err != nil {
+		return err
+	}
+	if h.watched != 0 {
+		if kinds, at := h.metadata.query(off, n, h.watched&^own); kinds != 0 {
+			return h.refuse(useData, guestOff, kinds, at)
+		}
+	}
+	_ = h.s.PunchHole(int64(off), int64(n))
+	return nil
+}
+
+// clear makes the n bytes at off of the external data file read as zeros, as zero does, by the cheapest of what
+// the host can: a hole, where the space may be given back, a zeroed range, or written zeros. All of them are
+// durable with the next sync.
+func (h *hostFile) clear(guestOff int64, off, n uint64, hole bool) error {
+	if err := h.failure(); err != nil {
+		return err
+	}
+	if hole && h.s.PunchHole(int64(off), int64(n)) == nil {
+		return nil
+	}
+	h.reach(off + n)
+	if h.s.WriteZeroes(int64(off), int64(n)) == nil {
+		return nil
+	}
+	return h.zeroFor(useData, guestOff, off, n)
+}
+
 // reach notes that a write up to end may happen.
 func (h *hostFile) reach(end uint64) {
 	for {

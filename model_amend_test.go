@@ -55,6 +55,7 @@ func (r *modelRun) amend(o op) error {
 		return err
 	}
 	r.stats.amends++
+	r.c.version, r.c.refcountBits, r.c.lazy = after.Version, after.RefcountBits, after.LazyRefcounts
 	if a.Version != 0 && after.Version != a.Version || a.RefcountBits != 0 && after.RefcountBits != a.RefcountBits ||
 		a.LazyRefcounts != nil && after.LazyRefcounts != *a.LazyRefcounts {
 		return fmt.Errorf("asked for %+v, got %+v", a, after)
@@ -64,6 +65,9 @@ func (r *modelRun) amend(o op) error {
 
 // rebase takes the backing file away, or gives it back.
 func (r *modelRun) rebase(o op) error {
+	if len(r.snaps) > 0 {
+		return nil // it would change what they show
+	}
 	var b RebaseOptions
 	if r.img.Info().BackingFile == "" {
 		b.BackingFile, b.BackingFormat = r.f.backingName, "raw"

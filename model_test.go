@@ -249,6 +249,7 @@ func (f *modelFiles) openOptions(c workloadConfig) *OpenOptions {
 	if c.smallCache {
 		o.L2CacheBytes, o.RefcountCacheBytes = 1, 1
 	}
+	c.discardOptions(o)
 	return o
 }
 
@@ -304,6 +305,7 @@ type modelRun struct {
 	f     *modelFiles
 	img   *Image
 	model *sparseBytes
+	snaps []modelSnapshot
 	stats modelStats
 	got   []byte
 	want  []byte
@@ -371,11 +373,7 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 	if err := r.compareAll(r.img.ReadAt); err != nil {
 		return fmt.Errorf("at the end: %w", err)
 	}
-	for i := range r.img.m.l1.n {
-		if r.img.m.l1.load(i) != 0 {
-			r.stats.tables++
-		}
-	}
+	r.countTables()
 	if err := r.close(); err != nil {
 		return err
 	}
@@ -394,6 +392,9 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 	if err := r.compareAll(other.ReadAt); err != nil {
 		return fmt.Errorf("by the independent reader, after close: %w", err)
 	}
+	if err := r.finishSnapshots(src); err != nil {
+		return fmt.Errorf("by the independent reader, after close: %w", err)
+	}
 	if r.c.layout == layoutRawData {
 		if err := r.compareAll(r.f.data.ReadAt); err != nil {
 			return fmt.Errorf("the raw data file alone: %w", err)
@@ -403,6 +404,17 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 		return judge(r.f)
 	}
 	return nil
+}
+
+// countTables counts the L2 tables of the disk, the most that it has had when it was asked.
+func (r *modelRun) countTables() {
+	n := 0
+	for i := range r.img.m.l1.n {
+		if r.img.m.l1.load(i) != 0 {
+			n++
+		}
+	}
+	r.stats.tables = max(r.stats.tables, n)
 }
 
 // compareAll reads the disk through read and compares it with the model: on a small disk all of it, on
@@ -478,6 +490,8 @@ func (r *modelRun) do(o op) error {
 		return r.write(o)
 	case opRead, opReadV:
 		return r.read(o)
+	case opDiscard, opZero, opUnmap:
+		return r.zero(o)
 	case opExtents:
 		return r.extents(o)
 	case opSync:
@@ -492,6 +506,8 @@ func (r *modelRun) do(o op) error {
 		return r.amend(o)
 	case opRebase:
 		return r.rebase(o)
+	case opSnapshot:
+		return r.snapshot(o)
 	case opReopen:
 		r.stats.reopens++
 		if err := r.close(); err != nil {
@@ -516,6 +532,12 @@ func (r *modelRun) close() error {
 // there is no finding at all.
 func (r *modelRun) walk(closed bool) error {
 	r.stats.walks++
+	if !closed {
+		// First, since it may push refcounts out of the cache.
+		if err := checkList(r.img); err != nil {
+			return err
+		}
+	}
 	size, err := r.f.image.Size()
 	if err != nil {
 		return err
@@ -528,11 +550,6 @@ func (r *modelRun) walk(closed bool) error {
 	if closed && !rep.Clean() || rep.Corruptions() > 0 {
 		return fmt.Errorf("walk (closed %v): %d corruptions, %d leaks, %d lost COPIED, %d past the end, dirty %v:\n\t%s",
 			closed, rep.Corruptions(), rep.Leaks, rep.CopiedMissing, rep.PastEnd, rep.Dirty(), strings.Join(rep.Findings, "\n\t"))
-	}
-	if !closed {
-		if err := checkList(r.img); err != nil {
-			return err
-		}
 	}
 	return agreesWithWalk(r.f.image, rep)
 }
@@ -553,7 +570,7 @@ func agreesWithWalk(s Storage, rep *refwalk.Report) error {
 	if err = errors.Join(err, img.Close()); err != nil || rep.Dirty() {
 		return err
 	}
-	got := [...]int64{res.Corruptions + res.Unreadable - res.LostCopied, res.LostCopied, res.Leaks, res.CheckErrors}
+	got := [...]int64{res.Corruptions + res.Unreadable + res.Shared - res.LostCopied, res.LostCopied, res.Leaks, res.CheckErrors}
 	want := [...]int64{int64(rep.Corruptions()), int64(rep.CopiedMissing), int64(rep.Leaks), 0}
 	if got != want {
 		return fmt.Errorf("check: corruptions, lost COPIED, leaks and errors are %d, the walk has %d:\n\t%s\n\t%s", got, want,

@@ -90,6 +90,9 @@ func (o *OpenOptions) validate() error {
 	if o.Backing != nil && o.NoBacking {
 		refuse("NoBacking", true, "contradicts Backing")
 	}
+	if o.Discard < DiscardDefault || o.Discard > DiscardNever {
+		refuse("Discard", int(o.Discard), "is no DiscardMode")
+	}
 	if o.L2CacheBytes < 0 {
 		refuse("L2CacheBytes", o.L2CacheBytes, "must not be negative")
 	}
@@ -164,6 +167,7 @@ func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
 	img.host = &hostFile{s: s}
 	img.data = img.host
 	img.wb.cond.L = &img.wb.mu
+	img.wb.punched.L = &img.mu
 	if err := img.open(s, o, c); err != nil {
 		img.closed.Store(true)
 		if rerr := img.release(); rerr != nil {
@@ -221,6 +225,9 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	if err := h.checkOpenable(o.ReadWrite); err != nil {
 		return err
 	}
+	if o.DiscardNoUnref && o.ReadWrite && h.version < 3 {
+		return &OptionError{Option: "DiscardNoUnref", Value: true, Reason: "needs a version 3 image: version 2 has no zero clusters"}
+	}
 	img.lazy = h.lazyRefcounts()
 	if img.snapshots, err = readSnapshotTable(s, size, h, *o.Limits); err != nil {
 		return err
@@ -275,7 +282,7 @@ func (img *Image) repairStale(o OpenOptions, size int64) (int64, error) {
 	}
 	res, _, err := checkFile(context.Background(), img.host, h, &CheckOptions{Repair: RepairAll})
 	if err == nil && !res.sound() {
-		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.Corruptions+res.Unreadable, res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
+		err = &CorruptError{What: fmt.Sprintf("%d corruptions and %d errors are left", res.corrupt(), res.CheckErrors), HostOff: noOffset, GuestOff: noOffset}
 	}
 	if err == nil {
 		size, err = img.host.s.Size()
@@ -358,6 +365,7 @@ func (img *Image) openForWriting(o OpenOptions, size int64) error {
 	}
 	img.bitmaps = bitmapMarks(entries)
 	img.overlap, img.limits, img.onCorrupt = o.OverlapCheck, *o.Limits, o.OnCorrupt
+	img.discard, img.noUnref = o.Discard, o.DiscardNoUnref
 	if err := img.watchMetadata(); err != nil {
 		return err
 	}

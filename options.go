@@ -25,6 +25,26 @@ const (
 	RepairNever
 )
 
+// DiscardMode says which space that an image frees goes back to the host file system, by punching holes. It does so
+// once the change that freed it is durable: with the next Sync, or Close.
+type DiscardMode int
+
+const (
+	// DiscardDefault gives back what Discard, WriteZeroes with ZeroMayUnmap and the deletion of snapshots free.
+	// What is freed otherwise, by rewriting a shared or compressed cluster, or by a table that moves, is kept
+	// for the next allocation. QEMU does the same by default for a disk with discard=unmap.
+	DiscardDefault DiscardMode = iota
+	// DiscardAll gives back all that is freed.
+	DiscardAll
+	// DiscardNever gives nothing back: freed clusters stay in the file, for the next allocation.
+	DiscardNever
+)
+
+// passes reports whether clusters that were dropped for the cause are punched.
+func (d DiscardMode) passes(cause dropCause) bool {
+	return d == DiscardAll || d == DiscardDefault && cause != dropOther
+}
+
 // OpenOptions says how an image is opened. The nil pointer and the zero value open for reading, safe
 // for a file from a stranger: no other file is opened.
 type OpenOptions struct {
@@ -55,6 +75,13 @@ type OpenOptions struct {
 	// Lock says which lock is taken. Open and a Resolver's storages are locked; a storage that the
 	// caller passes in is locked too, unless LockOff.
 	Lock LockMode
+	// Discard says which freed space the host file gives back to its file system. Default: what Discard,
+	// WriteZeroes and the deletion of snapshots free. A host that cannot punch holes keeps it.
+	Discard DiscardMode
+	// DiscardNoUnref has Discard and WriteZeroes keep plain clusters allocated, as clusters that read as zeros,
+	// so that the image does not fragment when the guest writes them again; their host space is punched as Discard
+	// says. Compressed clusters are freed all the same. It needs a version 3 image.
+	DiscardNoUnref bool
 	// NoSync turns host syncs off: Sync then only writes back. For test harnesses; a crash may leave
 	// anything.
 	NoSync bool

@@ -101,29 +101,30 @@ func (p OverlapPreset) kinds() OverlapKinds {
 
 // The units of the list, as log2 of clusters.
 const (
-	overlapBitBits    = 2  // clusters of one bit of the cache: 4
-	overlapBlockBits  = 8  // no fragment crosses a multiple of this: 256 clusters
+	overlapBitBits    = 2  // clusters of one bit of the cache, where there are bits: 4
+	overlapBlockBits  = 8  // a block, 256 clusters: no fragment crosses its end, and the cache has a word for it
 	overlapWindowBits = 14 // a window, the unit of the cache: 16384 clusters
 	overlapGroupBits  = 19 // a group, the unit of the directory: 32 windows
 )
 
 const (
 	overlapGroupWindows = 1 << (overlapGroupBits - overlapWindowBits) // windows of a group
+	overlapBlockMask    = 1<<overlapBlockBits - 1
 	overlapWindowMask   = 1<<overlapWindowBits - 1
 	overlapGroupMask    = 1<<overlapGroupBits - 1
 )
 
 // Bounds of memory, and what its pieces take, in bytes. What Go allocates is counted, not what was asked for.
 const (
-	overlapDefaultCache = 256_000     // 477 windows: 7.8 million clusters
-	overlapDefaultList  = 64 << 20    // some 30 million tables of one cluster
-	overlapGroupBytes   = 224         // an overlapGroup, without its words
-	overlapDenseBytes   = 768 + 48    // an overlapDense, without its words, and its place in the map
-	overlapSlotBytes    = 8 + 16 + 48 // an overlapSlot without its bitmap, what Go adds to its size, and its place
-	overlapBitmapBytes  = 512         // an overlapBitmap
-	overlapEditBytes    = 2048        // what an overlapEdit keeps at most
-	overlapFilterMin    = 4 << 10     // bits of an overlapFilter
-	overlapFilterMax    = 1 << 20     // bits of an overlapFilter
+	overlapDefaultCache = 256_000  // 484 windows: 7.9 million clusters
+	overlapDefaultList  = 64 << 20 // some 30 million tables of one cluster
+	overlapGroupBytes   = 224      // an overlapGroup, without its words
+	overlapDenseBytes   = 768 + 48 // an overlapDense, without its words, and its place in the map
+	overlapSlotBytes    = 16       // an overlapSlot without its map
+	overlapMapBytes     = 512      // an overlapMap
+	overlapEditBytes    = 2048     // what an overlapEdit keeps at most
+	overlapFilterMin    = 4 << 10  // bits of an overlapFilter
+	overlapFilterMax    = 1 << 20  // bits of an overlapFilter
 )
 
 // overlapGroupWords is how many words (of 2 bytes) the windows of a group hold in one slice at most: 32 KiB,
@@ -154,10 +155,11 @@ type overlapLimits struct {
 // TiB of 64 KiB clusters takes 13 kB, and one of 512-byte clusters 92 MB, of which the groups themselves are
 // less than 8 bytes per window. Groups are found by a hash table, so that the size of an offset costs nothing.
 //
-// Of windows in use there is a bitmap besides, with a bit set for each four clusters of which one is of any kind. It
-// answers the question of nearly every host write, whether it hits nothing, by one or two words, without a lock and
-// without allocating. The same holds for windows without a fragment. Every other query looks the fragments up
-// under a mutex, by binary search.
+// Of windows in use there is a map besides, which says of each block what is there: the fragments themselves where
+// they are few, or else a bit for each four clusters. It answers nearly every host write, those of tables to their
+// own place too, by one or two words, without a lock and without allocating. Most windows have their map in the slot
+// of the cache that their index names, and are not even looked for. Windows without a fragment need no map to say so.
+// Every other query looks the fragments up under a mutex, by binary search.
 //
 // A query that begins after enter or remove returned sees what it did. One that runs beside it sees each cluster
 // as it was before or as it is after.
@@ -166,11 +168,16 @@ type overlapLimits struct {
 // size remembers which clusters are, or that all are, and a query that meets a suspect cluster asks scan. So the
 // list becomes slower, and never weaker. A cluster stays suspect for good; that costs a scan, not an answer.
 type overlapList struct {
+	// What nearly every query reads, and no more, in one line of the processor's cache.
 	clusterBits uint                          // immutable
-	seed        uint64                        // odd; hashes, so that no image can be made for many collisions; immutable
-	slots       []atomic.Pointer[overlapSlot] // the cache, from the front; written under mu
-	limit       int64                         // bytes for all but the cache and the filter; immutable
-	filterBytes int64                         // bytes for the filter; a power of two; immutable
+	homes       uint64                        // the power of two from len(slots) on, less one; immutable
+	slots       []overlapSlot                 // the cache
+	filter      atomic.Pointer[overlapFilter] // nil while everything fits; written once, under mu
+
+	directory   atomic.Pointer[overlapDirectory] // never nil; written under mu
+	seed        uint64                           // odd; hashes, so that no image can be made for many collisions; immutable
+	limit       int64                            // bytes for all but the cache and the filter; immutable
+	filterBytes int64                            // bytes for the filter; a power of two; immutable
 
 	// scan finds metadata in the tables themselves: the kinds of the n clusters from cluster first on, and
 	// the first cluster that is of any. What it cannot read, it reports as overlapAllKinds. It is called by
@@ -178,15 +185,13 @@ type overlapList struct {
 	// remove is. Set before the first query; immutable then.
 	scan func(first, n uint64) (OverlapKinds, uint64)
 
-	directory atomic.Pointer[overlapDirectory] // never nil; written under mu
-	filter    atomic.Pointer[overlapFilter]    // nil while everything fits; written once, under mu
-
 	_ [64]byte // keeps the line that misses write away from what every query reads
 
 	mu        sync.Mutex
 	dense     map[uint64]*overlapDense // groups with too many words for one slice, by index; guarded by mu
 	edit      overlapEdit              // guarded by mu
 	taken     int                      // slots in use; they stay so; guarded by mu
+	spare     int                      // slots from here on are in use; guarded by mu
 	hand      int                      // of the clock that finds a window to exchange; guarded by mu
 	misses    uint                     // counts them while all slots are in use; guarded by mu
 	candidate uint64                   // window that is cached if another of these misses is its own; guarded by mu
@@ -203,13 +208,15 @@ func newOverlapList(clusterBits uint, o overlapLimits) *overlapList {
 	if o.listBytes <= 0 {
 		o.listBytes = overlapDefaultList
 	}
-	slots := max(1, min(o.cacheBytes/(overlapSlotBytes+overlapBitmapBytes), 65000))
+	slots := int(max(1, min(o.cacheBytes/(overlapSlotBytes+overlapMapBytes), 65000)))
 	filter := max(overlapFilterMin, min(o.listBytes/16, overlapFilterMax))
 	filter = 1 << (bits.Len64(uint64(filter)) - 1)
 	l := &overlapList{
 		clusterBits: clusterBits,
+		homes:       1<<bits.Len(uint(slots-1)) - 1,
+		slots:       make([]overlapSlot, slots),
+		spare:       slots,
 		seed:        rand.Uint64() | 1,
-		slots:       make([]atomic.Pointer[overlapSlot], slots),
 		limit:       max(0, o.listBytes-filter-overlapEditBytes),
 		filterBytes: filter,
 	}
@@ -279,61 +286,49 @@ func (l *overlapList) query(off, n uint64, mask OverlapKinds) (hit OverlapKinds,
 		return 0, 0
 	}
 	first, last := l.clusters(off, n)
-	if l.free(first, last) {
+	if l.free(first, last, mask) {
 		return 0, 0
 	}
 	hit, c := l.search(first, last, mask)
 	return hit, c << l.clusterBits
 }
 
-// free reports that the clusters from first to last are of no kind. It takes no lock; where it cannot tell, it
-// says false.
+// free reports that none of the clusters from first to last is of a kind in mask. It takes no lock; where it cannot
+// tell, it says false.
 //
 // The filter is read after the windows, and written (dropLocked) before them: what moves from one to the other is
 // seen in one of them.
-func (l *overlapList) free(first, last uint64) bool {
+func (l *overlapList) free(first, last uint64, mask OverlapKinds) bool {
 	for c := first; c <= last; {
-		end := min(last, c|overlapWindowMask)
-		if g := l.group(c >> overlapGroupBits); g == nil {
-			end = min(last, c|overlapGroupMask)
-		} else if !l.freeInWindow(g, c, end) {
+		end, w := min(last, c|overlapWindowMask), c>>overlapWindowBits
+		s := &l.slots[l.home(w)]
+		tag, ok := s.holds(w)
+		if !ok {
+			g := l.group(w / overlapGroupWindows)
+			if g == nil {
+				c = min(last, c|overlapGroupMask) + 1
+				continue
+			}
+			switch state := g.state(w); state {
+			case overlapEmpty:
+				c = end + 1
+				continue
+			case overlapUncached:
+				return false
+			default:
+				s = &l.slots[state-overlapCached]
+			}
+			if tag, ok = s.holds(w); !ok {
+				return false
+			}
+		}
+		if !s.words.free(c&overlapWindowMask, end&overlapWindowMask, mask) || !s.confirm(tag) {
 			return false
 		}
 		c = end + 1
 	}
 	f := l.filter.Load()
 	return f == nil || !f.meets(first, last)
-}
-
-// freeInWindow is free for clusters of one window of g.
-func (l *overlapList) freeInWindow(g *overlapGroup, first, last uint64) bool {
-	w := first >> overlapWindowBits
-	state := g.state(w)
-	if state < overlapCached {
-		return state == overlapEmpty
-	}
-	// While the bitmap is exchanged seq is odd, and afterwards it is another.
-	s := l.slots[state-overlapCached].Load()
-	seq := s.seq.Load()
-	if seq&1 != 0 || s.window.Load() != w {
-		return false
-	}
-	a, b := first&overlapWindowMask>>overlapBitBits, last&overlapWindowMask>>overlapBitBits
-	i, j := a>>6, b>>6
-	from, to := ^uint64(0)<<(a&63), ^uint64(0)>>(63-b&63)
-	for ; i < j; i++ {
-		if s.bitmap[i].Load()&from != 0 {
-			return false
-		}
-		from = ^uint64(0)
-	}
-	if s.bitmap[i].Load()&from&to != 0 {
-		return false
-	}
-	if s.used.Load() == 0 {
-		s.used.Store(1)
-	}
-	return s.seq.Load() == seq
 }
 
 // search is query by the fragments and, where clusters are suspect, by scan. It returns the first cluster that is
@@ -432,7 +427,7 @@ func (l *overlapList) memory() overlapMemory {
 	defer l.mu.Unlock()
 	return overlapMemory{
 		list:    l.bytes + 2*int64(cap(l.edit.short)+cap(l.edit.long)),
-		cache:   int64(len(l.slots))*overlapSlotBytes + int64(l.taken)*overlapBitmapBytes,
+		cache:   int64(len(l.slots))*overlapSlotBytes + int64(l.taken)*overlapMapBytes,
 		runs:    l.fragments,
 		windows: l.windows,
 		suspect: l.filter.Load() != nil,
@@ -522,49 +517,216 @@ func (l *overlapList) suspectLocked(first, last uint64) {
 	f.add(first, last)
 }
 
-// overlapBitmap has a bit set for each four clusters of a window of which one is of any kind. A bit for each cluster
-// would send fewer queries to the fragments, but writes all over an image would find it in no cache of the
-// processor: the bits of a GiB of 512-byte clusters take 64 KiB so.
-type overlapBitmap [1 << (overlapWindowBits - overlapBitBits - 6)]atomic.Uint64
+// overlapMap says of each block of a window, in one word, which of its clusters are of any kind.
+//
+// Nearly all blocks, whatever the size of clusters, have few fragments or none, and those of the kinds that a short
+// one can have; then the word has the fragments themselves. That is all there is to know, so that a table's own write
+// is told from one that hits it.
+//
+//	0                            nothing
+//	1 … 6 in bits 60 to 62       so many short fragments, 10 bits each: cluster in the block, kinds
+//	7 in bits 60 to 62           up to three fragments, 18 bits each: first and last cluster in the block, kinds
+//	1 in bit 63 (overlapCoarse)  a bit for each four clusters of which one is of any kind, and one for the last eight
+//
+// Places for fragments that there are not repeat the first, so that nobody has to count.
+type overlapMap [1 << (overlapWindowBits - overlapBlockBits)]atomic.Uint64
+
+// The bits of a word of an overlapMap.
+const (
+	overlapFew      = 6                                         // short fragments at most
+	overlapFewBits  = 10                                        // of one: the lower bits of its word
+	overlapFewOnes  = 1 | 1<<10 | 1<<20 | 1<<30 | 1<<40 | 1<<50 // the lowest bit of each
+	overlapFewCount = overlapFew * overlapFewBits               // their number, from this bit on
+	overlapRuns     = 3                                         // fragments of any length at most
+	overlapRunBits  = 18                                        // of one
+	overlapRunOnes  = 1 | 1<<18 | 1<<36                         // the lowest bit of each
+	overlapRunForm  = 7 << overlapFewCount                      // says that there are such
+	overlapCoarse   = 1 << 63                                   // says that there are bits
+	overlapCoarseN  = 63                                        // bits
+)
+
+// overlapMapWord returns the word of a block with the given fragments.
+func overlapMapWord(short, long []uint16) uint64 {
+	word := uint64(0)
+	switch {
+	case len(short)+len(long) == 0:
+		return 0
+	case len(long) == 0 && len(short) <= overlapFew:
+		for i, s := range short {
+			word = overlapPut(word, uint64(s)&(1<<overlapFewBits-1), i, overlapFewBits, overlapFewOnes)
+		}
+		return word | uint64(len(short))<<overlapFewCount
+	case len(short)+len(long)/2 <= overlapRuns && overlapAllShortKinds(long):
+		i := 0
+		put := func(f overlapFragment) {
+			first := uint64(f.first & overlapBlockMask)
+			kind := uint64(slices.Index(overlapShortKinds[:], f.kinds))
+			word = overlapPut(word, first|(first+uint64(f.n)-1)<<8|kind<<16, i, overlapRunBits, overlapRunOnes)
+			i++
+		}
+		overlapEach(short, long, put)
+		return word | overlapRunForm
+	}
+	overlapEach(short, long, func(f overlapFragment) {
+		lo, hi := overlapCoarseBits(uint64(f.first), uint64(f.first+f.n-1))
+		word |= ^uint64(0) << lo & (1<<(hi+1) - 1)
+	})
+	return word | overlapCoarse
+}
+
+// overlapEach calls f with fragments that are given as words.
+func overlapEach(short, long []uint16, f func(overlapFragment)) {
+	for _, s := range short {
+		f(shortFragment(s))
+	}
+	for i := 0; i < len(long); i += 2 {
+		f(longFragment(long[i], long[i+1]))
+	}
+}
+
+// overlapAllShortKinds reports whether all of the long fragments are of kinds that a short one can have.
+func overlapAllShortKinds(long []uint16) bool {
+	for i := 0; i < len(long); i += 2 {
+		if !slices.Contains(overlapShortKinds[:], longFragment(long[i], long[i+1]).kinds) {
+			return false
+		}
+	}
+	return true
+}
+
+// overlapPut returns a word with value in place i, of a width in bits, and, if it is the first, in all others too.
+// The lowest bits of all places are ones.
+func overlapPut(word, value uint64, i, width int, ones uint64) uint64 {
+	if i == 0 {
+		return value * ones
+	}
+	return word&^((1<<width-1)<<(i*width)) | value<<(i*width)
+}
+
+// overlapCoarseBits returns the lowest and the highest bit of a coarse word that stand for the clusters from first to
+// last of one block.
+func overlapCoarseBits(first, last uint64) (lo, hi uint64) {
+	lo, hi = first&overlapBlockMask>>overlapBitBits, last&overlapBlockMask>>overlapBitBits
+	return min(lo, overlapCoarseN-1), min(hi, overlapCoarseN-1)
+}
+
+// overlapMapFree reports that none of the clusters from first to last of one block, which has the given word, is of a
+// kind in mask. Where the word does not tell, it says false.
+func overlapMapFree(word, first, last uint64, mask OverlapKinds) bool {
+	first, last = first&overlapBlockMask, last&overlapBlockMask
+	switch {
+	case word == 0:
+		return true
+	case word < overlapRunForm:
+		// All fragments are compared at once. Without its kinds a cluster has 8 of the 10 bits, and the ninth, set
+		// before the subtraction, stays set unless there is something to borrow.
+		const ninth = 1 << overlapBlockBits * overlapFewOnes
+		clusters := word >> 2 & (overlapBlockMask * overlapFewOnes)
+		behind := (clusters | ninth) - first*overlapFewOnes
+		before := (last*overlapFewOnes | ninth) - clusters
+		for hits := behind & before & ninth; hits != 0; hits &= hits - 1 {
+			if overlapShortKinds[word>>(bits.TrailingZeros64(hits)-overlapBlockBits)&3]&mask != 0 {
+				return false
+			}
+		}
+		return true
+	case word < overlapCoarse:
+		for range overlapRuns {
+			if word&overlapBlockMask <= last && word>>8&overlapBlockMask >= first && overlapShortKinds[word>>16&3]&mask != 0 {
+				return false
+			}
+			word >>= overlapRunBits
+		}
+		return true
+	}
+	lo, hi := overlapCoarseBits(first, last)
+	return word>>lo&(1<<(hi-lo+1)-1) == 0
+}
+
+// free reports that none of the clusters from first to last of the window is of a kind in mask. Where the words do not
+// tell, it says false.
+func (m *overlapMap) free(first, last uint64, mask OverlapKinds) bool {
+	for c := first; c <= last; c = c | overlapBlockMask + 1 {
+		if !overlapMapFree(m[c>>overlapBlockBits].Load(), c, min(last, c|overlapBlockMask), mask) {
+			return false
+		}
+	}
+	return true
+}
+
+// fill brings the words of the clusters from first to last of the window, whose fragments are v, up to date. Each
+// word changes at once, and only if it has to. Precondition: mu.
+func (m *overlapMap) fill(v overlapWords, first, last uint32) {
+	first >>= overlapBlockBits
+	short, long := v.searchShort(first<<overlapBlockBits), v.searchLong(first<<overlapBlockBits)
+	for i := first; i <= last>>overlapBlockBits; i++ {
+		end := (i + 1) << overlapBlockBits
+		s, l := short, long
+		for short < len(v.short) && uint32(v.short[short]>>2) < end {
+			short++
+		}
+		for long < len(v.long) && longFragment(v.long[long], v.long[long+1]).first < end {
+			long += 2
+		}
+		word := overlapMapWord(v.short[s:short], v.long[l:long])
+		if p := &m[i]; p.Load() != word {
+			p.Store(word)
+		}
+	}
+}
 
 // overlapSlot is a place for a cached window.
 type overlapSlot struct {
-	seq    atomic.Uint32 // odd while another window takes the place; written under mu
-	used   atomic.Uint32 // 1 when a query came since the hand of the clock did
-	window atomic.Uint64 // index of the window; written under mu
-	bitmap overlapBitmap // its bits; written under mu
+	// tag says what the slot holds: from the lowest bit on, whether a query came since the hand of the clock did
+	// (overlapUsed), how many windows it has held, modulo 2^29, and the index of the window plus one. It is 0
+	// before the first window, and while another takes the place. Written under mu, but for overlapUsed.
+	tag   atomic.Uint64
+	words *overlapMap // of the window; set under mu before the first tag is, and never again
 }
 
-// fill brings the bits of the clusters from first to last of the window, whose fragments are v, up to date. Each
-// word changes at once, and only if it has to. Precondition: mu.
-func (s *overlapSlot) fill(v overlapWords, first, last uint32) {
-	const inWord = 64 << overlapBitBits // clusters of a word
-	var words [len(s.bitmap)]uint64
-	first, last = first&^(inWord-1), last|(inWord-1)
-	it := v.iterate(first, last)
-	for f, ok := it.next(); ok; f, ok = it.next() {
-		for a, b := f.first>>overlapBitBits, (f.first+f.n-1)>>overlapBitBits; a <= b; {
-			k := min(b-a+1, 64-a&63)
-			words[a>>6] |= ^uint64(0) >> (64 - k) << (a & 63)
-			a += k
-		}
+const (
+	overlapUsed    = 1  // bit of overlapSlot.tag
+	overlapTagBits = 30 // of overlapSlot.tag, below the window
+)
+
+// holds reports whether the slot holds window w, and its tag.
+func (s *overlapSlot) holds(w uint64) (tag uint64, ok bool) {
+	tag = s.tag.Load()
+	return tag, tag>>overlapTagBits == w+1
+}
+
+// confirm reports whether the slot has held the same window all the time since it had the given tag, and notes that a
+// query came.
+func (s *overlapSlot) confirm(tag uint64) bool {
+	if tag&overlapUsed == 0 && s.tag.CompareAndSwap(tag, tag|overlapUsed) {
+		return true
 	}
-	for i := first / inWord; i <= last/inWord; i++ {
-		if p := &s.bitmap[i]; p.Load() != words[i] {
-			p.Store(words[i])
-		}
+	return s.tag.Load()|overlapUsed == tag|overlapUsed
+}
+
+// home returns the index of the slot that window w has unless it was in use. As many windows in a row as there are
+// slots have different ones.
+func (l *overlapList) home(w uint64) uint64 {
+	i := w & l.homes
+	if i >= uint64(len(l.slots)) {
+		i -= (l.homes + 1) / 2
 	}
+	return i
 }
 
 // missLocked notes a query of window w of g, which is not cached, and may cache it: at once while there is room.
 // Afterwards one miss in many is looked at, and the window of two such misses in a row takes the place of another.
 // A few windows that are in use get there soon; queries all over more windows than there is room for, which
-// no choice would serve, seldom spend time on bitmaps. Precondition: mu.
+// no choice would serve, seldom spend time on maps. Precondition: mu.
 func (l *overlapList) missLocked(g *overlapGroup, w uint64) {
+	i := int(l.home(w))
 	if l.taken < len(l.slots) {
+		for ; l.slots[i].words != nil; i = l.spare {
+			l.spare--
+		}
 		l.taken++
-		l.slots[l.taken-1].Store(new(overlapSlot))
-		l.cacheLocked(l.taken-1, g, w)
+		l.slots[i].words = new(overlapMap)
+		l.cacheLocked(i, g, w)
 		return
 	}
 	l.misses++
@@ -577,29 +739,33 @@ func (l *overlapList) missLocked(g *overlapGroup, w uint64) {
 	}
 	// The first round of the clock takes the marks away, so the second finds one, unless queries set them again;
 	// then any will do.
-	for range 2 * len(l.slots) {
-		l.hand = (l.hand + 1) % len(l.slots)
-		if l.slots[l.hand].Load().used.Swap(0) == 0 {
-			break
+	if l.slots[i].tag.Load()&overlapUsed != 0 {
+		for range 2 * len(l.slots) {
+			l.hand = (l.hand + 1) % len(l.slots)
+			if l.slots[l.hand].tag.And(^uint64(overlapUsed))&overlapUsed == 0 {
+				break
+			}
 		}
+		i = l.hand
 	}
-	old := l.slots[l.hand].Load().window.Load()
+	old := l.slots[i].tag.Load()>>overlapTagBits - 1
 	out := l.group(old / overlapGroupWindows)
 	if v := l.wordsLocked(out, old); len(v.short)+len(v.long) > 0 {
 		out.setState(old, overlapUncached)
 	} else {
 		out.setState(old, overlapEmpty)
 	}
-	l.cacheLocked(l.hand, g, w)
+	l.cacheLocked(i, g, w)
 }
 
 // cacheLocked makes slot i hold window w of g. Preconditions: mu; no state names the slot.
 func (l *overlapList) cacheLocked(i int, g *overlapGroup, w uint64) {
-	s := l.slots[i].Load()
-	s.seq.Add(1)
-	s.window.Store(w)
-	s.fill(l.wordsLocked(g, w), 0, overlapWindowMask)
-	s.seq.Add(1)
+	s := &l.slots[i]
+	const held = 1<<overlapTagBits - 1
+	tag := (w+1)<<overlapTagBits | ((s.tag.Load()|overlapUsed)+1)&held
+	s.tag.Store(0)
+	s.words.fill(l.wordsLocked(g, w), 0, overlapWindowMask)
+	s.tag.Store(tag)
 	g.setState(w, overlapCached+uint64(i))
 }
 

@@ -37,7 +37,7 @@ func BenchmarkOverlapQuery(b *testing.B) {
 					name = fmt.Sprintf("image=%s/windows=all/%s", im.name, order)
 				}
 				b.Run(name, func(b *testing.B) {
-					l, clusters := enterSimulated(im, overlapLimits{cacheBytes: windows * (overlapSlotBytes + overlapBitmapBytes)})
+					l, clusters := enterSimulated(im, overlapLimits{cacheBytes: windows * (overlapSlotBytes + overlapMapBytes)})
 					offs := freeClusters(l, clusters, 1<<16, order == "sequential")
 					b.ReportAllocs()
 					for i := 0; b.Loop(); i++ {
@@ -56,7 +56,7 @@ func BenchmarkOverlapQueryParallel(b *testing.B) {
 	im := simulatedImage{"", 16, 1 << 40}
 	for name, windows := range map[string]int64{"windows=8": 8, "windows=all": 1 << 20} {
 		b.Run(name, func(b *testing.B) {
-			l, clusters := enterSimulated(im, overlapLimits{cacheBytes: windows * (overlapSlotBytes + overlapBitmapBytes)})
+			l, clusters := enterSimulated(im, overlapLimits{cacheBytes: windows * (overlapSlotBytes + overlapMapBytes)})
 			offs := freeClusters(l, clusters, 1<<16, false)
 			b.RunParallel(func(pb *testing.PB) {
 				for i := rand.IntN(len(offs)); pb.Next(); i++ {

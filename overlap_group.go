@@ -32,6 +32,12 @@ func longFragment(high, low uint16) overlapFragment {
 	return overlapFragment{first: v >> 18, n: v>>10&0xff + 1, kinds: OverlapKinds(v) & overlapAllKinds}
 }
 
+// longWords encodes a long fragment.
+func (f overlapFragment) longWords() (high, low uint16) {
+	v := f.first<<18 | (f.n-1)<<10 | uint32(f.kinds)
+	return uint16(v >> 16), uint16(v)
+}
+
 // overlapWords are the fragments of one window: the short ones, one word each, and the long ones, two words each,
 // both sorted.
 type overlapWords struct{ short, long []uint16 }
@@ -122,11 +128,10 @@ func (e *overlapEdit) put(first, last uint32, kinds OverlapKinds) {
 	if kinds == 0 {
 		return
 	}
-	const block = 1<<overlapBlockBits - 1
 	for first <= last {
-		end := min(last, first|block)
+		end := min(last, first|overlapBlockMask)
 		p := &e.pending
-		if p.n > 0 && p.first+p.n == first && p.kinds == kinds && first&block != 0 {
+		if p.n > 0 && p.first+p.n == first && p.kinds == kinds && first&overlapBlockMask != 0 {
 			p.n += end + 1 - first
 		} else {
 			e.flush()
@@ -151,14 +156,17 @@ func (e *overlapEdit) flush() {
 			}
 		}
 	}
-	v := f.first<<18 | (f.n-1)<<10 | uint32(f.kinds)
-	e.long = append(e.long, uint16(v>>16), uint16(v))
+	high, low := f.longWords()
+	e.long = append(e.long, high, low)
 }
 
 // changeLocked adds the kinds add to the clusters from first to last, which are of one window, and takes the kinds
 // del away. It reports false, and has changed nothing, if that needs more memory than there is. Preconditions: mu; if
 // kinds are taken away, the group exists.
 func (l *overlapList) changeLocked(first, last uint64, add, del OverlapKinds) bool {
+	if first == last && del == 0 && l.insertLocked(first, add) {
+		return true
+	}
 	w := first >> overlapWindowBits
 	g := l.group(w / overlapGroupWindows)
 	if g == nil {
@@ -167,17 +175,8 @@ func (l *overlapList) changeLocked(first, last uint64, add, del OverlapKinds) bo
 		}
 	}
 
-	// What is replaced are the fragments that touch the clusters, and those beside them in their blocks, which
-	// may have to be joined to them.
-	const block = 1<<overlapBlockBits - 1
 	lo, hi := uint32(first&overlapWindowMask), uint32(last&overlapWindowMask)
-	from, to := lo, hi
-	if from&block != 0 {
-		from--
-	}
-	if to&block != block {
-		to++
-	}
+	from, to := overlapReplaced(lo, hi)
 	v := l.wordsLocked(g, w)
 	it := v.iterate(from, to)
 	short, long := it.short, it.long
@@ -216,11 +215,75 @@ func (l *overlapList) changeLocked(first, last uint64, add, del OverlapKinds) bo
 	}
 	switch state := g.state(w); {
 	case state >= overlapCached:
-		l.slots[state-overlapCached].Load().fill(now, lo, hi)
+		l.slots[state-overlapCached].words.fill(now, lo, hi)
 	case is:
 		g.setState(w, overlapUncached)
 	default:
 		g.setState(w, overlapEmpty)
+	}
+	return true
+}
+
+// overlapReplaced widens a range of clusters of a window to all whose fragments change with it: those beside the
+// range in its blocks may have to be joined to it.
+func overlapReplaced(first, last uint32) (from, to uint32) {
+	if first&overlapBlockMask != 0 {
+		first--
+	}
+	if last&overlapBlockMask != overlapBlockMask {
+		last++
+	}
+	return first, last
+}
+
+// insertLocked is changeLocked for what nearly every change is: a new table of one cluster, which is a short fragment
+// more, or makes the long one that ends before it longer. It reports false, and has changed nothing, where that is
+// not so, or needs a group or more memory than there is. Precondition: mu.
+func (l *overlapList) insertLocked(c uint64, kinds OverlapKinds) bool {
+	w := c >> overlapWindowBits
+	g := l.group(w / overlapGroupWindows)
+	kind := slices.Index(overlapShortKinds[:], kinds)
+	if g == nil || kind < 0 {
+		return false
+	}
+	at := uint32(c & overlapWindowMask)
+	from, to := overlapReplaced(at, at)
+	v := l.wordsLocked(g, w)
+	short, long := v.searchShort(from), v.searchLong(from)
+	if short < len(v.short) && uint32(v.short[short]>>2) <= to {
+		return false
+	}
+	var before overlapFragment
+	if long < len(v.long) {
+		if f := longFragment(v.long[long], v.long[long+1]); f.first <= to {
+			before = f
+		}
+	}
+	switch {
+	case before.n == 0:
+		word := uint16(at<<2) | uint16(kind)
+		l.edit.short = append(l.edit.short, word)
+		ok := l.spliceLocked(g, w, short, short, long, long)
+		l.edit.reset()
+		if !ok {
+			return false
+		}
+		l.fragments++
+		if len(v.short)+len(v.long) == 0 {
+			l.windows++
+		}
+	case before.first+before.n == at && before.kinds == kinds &&
+		(long+2 == len(v.long) || longFragment(v.long[long+2], v.long[long+3]).first > to):
+		before.n++
+		v.long[long], v.long[long+1] = before.longWords()
+	default:
+		return false
+	}
+	switch state := g.state(w); {
+	case state >= overlapCached:
+		l.slots[state-overlapCached].words.fill(l.wordsLocked(g, w), at, at)
+	case state == overlapEmpty:
+		g.setState(w, overlapUncached)
 	}
 	return true
 }

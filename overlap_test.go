@@ -52,7 +52,7 @@ func verifyOverlapList(l *overlapList) error {
 				return fmt.Errorf("window %d: %d fragments in state %d", w, n, state)
 			case state >= overlapCached:
 				cached++
-				if err := verifyOverlapSlot(l.slots[state-overlapCached].Load(), w, l.wordsLocked(g, w)); err != nil {
+				if err := verifyOverlapSlot(&l.slots[state-overlapCached], w, l.wordsLocked(g, w)); err != nil {
 					return fmt.Errorf("window %d: %w", w, err)
 				}
 			}
@@ -105,25 +105,139 @@ func verifyOverlapWindow(v overlapWords) (int64, error) {
 	return n, nil
 }
 
-// verifyOverlapSlot compares the bitmap of a cached window with its fragments.
+// verifyOverlapSlot compares the map of a cached window with its fragments.
 func verifyOverlapSlot(s *overlapSlot, w uint64, v overlapWords) error {
-	if s.window.Load() != w || s.seq.Load()%2 != 0 {
-		return fmt.Errorf("the slot holds window %d, seq %d", s.window.Load(), s.seq.Load())
+	if tag, ok := s.holds(w); !ok || s.words == nil {
+		return fmt.Errorf("the slot has tag %#x, map %p", tag, s.words)
 	}
-	var want [len(s.bitmap)]uint64
+	blocks := make([][]overlapFragment, len(s.words))
 	it := v.iterate(0, overlapWindowMask)
 	for f, ok := it.next(); ok; f, ok = it.next() {
-		for c := f.first; c < f.first+f.n; c++ {
-			bit := c >> overlapBitBits
-			want[bit/64] |= 1 << (bit % 64)
-		}
+		i := f.first / 256
+		blocks[i] = append(blocks[i], f)
 	}
-	for i := range want {
-		if got := s.bitmap[i].Load(); got != want[i] {
-			return fmt.Errorf("word %d of the bitmap is %#x, want %#x", i, got, want[i])
+	for i, fragments := range blocks {
+		if err := verifyOverlapMapWord(s.words[i].Load(), fragments); err != nil {
+			return fmt.Errorf("word %d of the map: %w", i, err)
 		}
 	}
 	return nil
+}
+
+// verifyOverlapMapWord asks the word of a block for each of its clusters and kinds, and compares the answers with the
+// fragments. Only a coarse word may be wrong about what there is not, by three clusters, or seven at the end; and only
+// many fragments or those of other kinds may have one.
+func verifyOverlapMapWord(word uint64, fragments []overlapFragment) error {
+	if word == 0 && len(fragments) == 0 {
+		return nil
+	}
+	var kinds [256]OverlapKinds
+	long, other := 0, false
+	for _, f := range fragments {
+		for c := f.first % 256; c < f.first%256+f.n; c++ {
+			kinds[c] = f.kinds
+		}
+		known := slices.Contains(overlapShortKinds[:], f.kinds)
+		if f.n > 1 || !known {
+			long++
+		}
+		other = other || !known
+	}
+	coarse := other || len(fragments) > 6 || len(fragments) > 3 && long > 0
+	if word == 0 || len(fragments) == 0 || coarse != (word>>63 != 0) {
+		return fmt.Errorf("%#x for %+v", word, fragments)
+	}
+	for c := range uint64(256) {
+		near := kinds[c]
+		if coarse {
+			lo, hi := c&^3, c|3
+			if c >= 248 {
+				lo, hi = 248, 255
+			}
+			for _, k := range kinds[lo : hi+1] {
+				if k != 0 {
+					near = overlapAllKinds // some fragment is near, of whatever kinds
+				}
+			}
+		}
+		for i := range overlapKindNames {
+			if k := OverlapKinds(1) << i; overlapMapFree(word, c, c, k) != (near&k == 0) {
+				return fmt.Errorf("%#x for %+v: cluster %d is free of %v: %v", word, fragments, c, k, near&k != 0)
+			}
+		}
+	}
+	return nil
+}
+
+// TestOverlapMapWord makes words of random fragments, and asks for ranges of clusters and sets of kinds.
+func TestOverlapMapWord(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 66))
+	if !overlapMapFree(0, 0, 255, overlapAllKinds) {
+		t.Error("an empty block is not free")
+	}
+	forms := map[string]int{}
+	for range 20000 {
+		var e overlapEdit
+		var kinds [256]OverlapKinds
+		for c, n := uint32(rng.IntN(60)), rng.IntN(9); n > 0 && c < 256; n-- {
+			f := overlapFragment{first: c, n: 1, kinds: overlapShortKinds[rng.IntN(4)]}
+			if rng.IntN(5) == 0 {
+				f.n = min(256-c, 1+rng.Uint32N(100))
+			}
+			if rng.IntN(20) == 0 {
+				f.kinds = overlapSomeKinds(rng)
+			}
+			for i := range f.n {
+				kinds[c+i] = f.kinds
+			}
+			e.put(f.first, f.first+f.n-1, f.kinds)
+			if c += f.n + rng.Uint32N(50); rng.IntN(6) == 0 {
+				c = max(c, 250)
+			}
+		}
+		e.flush()
+		word := overlapMapWord(e.short, e.long)
+		if err := verifyOverlapMapWord(word, overlapFragments(e.short, e.long)); err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case word == 0:
+			forms["nothing"]++
+		case word < overlapRunForm:
+			forms["few"]++
+		case word < overlapCoarse:
+			forms["runs"]++
+		default:
+			forms["coarse"]++
+		}
+		for range 50 {
+			first := rng.Uint64N(256)
+			last := first + rng.Uint64N(256-first)
+			if rng.IntN(2) == 0 {
+				last = min(last, first+rng.Uint64N(4))
+			}
+			mask := overlapSomeKinds(rng)
+			hit := OverlapKinds(0)
+			for _, k := range kinds[first : last+1] {
+				hit |= k & mask
+			}
+			block := rng.Uint64N(64) << overlapBlockBits
+			if free := overlapMapFree(word, block+first, block+last, mask); free && hit != 0 || !free && hit == 0 && word < overlapCoarse {
+				t.Fatalf("word %#x of %+v: clusters %d to %d free of %v: %v", word, overlapFragments(e.short, e.long), first, last, mask, free)
+			}
+		}
+	}
+	for _, form := range []string{"nothing", "few", "runs", "coarse"} {
+		if forms[form] < 500 {
+			t.Errorf("%d words of the form %q", forms[form], form)
+		}
+	}
+}
+
+// overlapFragments decodes words.
+func overlapFragments(short, long []uint16) (fragments []overlapFragment) {
+	overlapEach(short, long, func(f overlapFragment) { fragments = append(fragments, f) })
+	return fragments
 }
 
 // overlapModel is a list beside a map of the same.
@@ -295,7 +409,7 @@ func TestOverlapListModel(t *testing.T) {
 		suspect bool
 	}{
 		{"cache of one window", overlapLimits{cacheBytes: 1}, false},
-		{"cache of three windows", overlapLimits{cacheBytes: 3 * (overlapSlotBytes + overlapBitmapBytes)}, false},
+		{"cache of three windows", overlapLimits{cacheBytes: 3 * (overlapSlotBytes + overlapMapBytes)}, false},
 		{"default", overlapLimits{}, false},
 		{"no memory", overlapLimits{cacheBytes: 1, listBytes: 1}, true},
 		{"400 bytes of fragments", overlapLimits{cacheBytes: 1, listBytes: overlapFilterMin + overlapEditBytes + 400}, true},
@@ -455,7 +569,7 @@ func findInRuns(runs []overlapRun, first, last uint64) (hit OverlapKinds, at uin
 
 // TestOverlapListDense fills windows with a fragment in every second cluster, in random order, and empties them.
 func TestOverlapListDense(t *testing.T) {
-	m := newOverlapModel(t, 9, overlapLimits{cacheBytes: 2 * (overlapSlotBytes + overlapBitmapBytes)})
+	m := newOverlapModel(t, 9, overlapLimits{cacheBytes: 2 * (overlapSlotBytes + overlapMapBytes)})
 	rng := rand.New(rand.NewPCG(1, 61))
 	order := rng.Perm(3 << overlapWindowBits / 2)
 	for i, c := range order {
@@ -695,8 +809,8 @@ func TestOverlapListSizes(t *testing.T) {
 	}{
 		{overlapGroup{}, overlapGroupBytes},
 		{overlapDense{}, overlapDenseBytes - 48},
-		{overlapSlot{}, 16 + overlapBitmapBytes},
-		{overlapBitmap{}, overlapBitmapBytes},
+		{overlapSlot{}, overlapSlotBytes},
+		{overlapMap{}, overlapMapBytes},
 	} {
 		got := reflect.TypeOf(tt.v).Size()
 		if got > tt.want || ^uint(0)>>63 != 0 && got != tt.want {
@@ -738,15 +852,40 @@ func TestOverlapListAllocs(t *testing.T) {
 	}
 }
 
-// TestOverlapListLockFree queries while the mutex is held: clusters that share no bit of the cache with metadata.
+// TestOverlapListLockFree queries while the mutex is held: clusters beside metadata, and metadata for kinds that it is
+// not of, as the writes of tables do. In a block with much of it, clusters must share no bit of the cache with any.
 func TestOverlapListLockFree(t *testing.T) {
 	l := newOverlapList(16, overlapLimits{})
 	const window = 1 << (overlapWindowBits + 16)
-	l.enter(OverlapActiveL2, 5<<16, 1)
+	for _, e := range []struct {
+		kinds    OverlapKinds
+		first, n uint64
+	}{
+		{OverlapActiveL2, 5, 1}, {OverlapRefcountBlock, 7, 1},
+		{OverlapActiveL2, 259, 100}, {OverlapRefcountBlock, 359, 1}, {OverlapInactiveL2, 361, 2},
+		{OverlapActiveL1, 517, 2},
+	} {
+		l.enter(e.kinds, e.first<<16, e.n<<16)
+	}
 	l.query(5<<16, 1, overlapAllKinds)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, off := range []uint64{0, 3 << 16, 8 << 16, window, 3*window - 1, 1 << 40} {
+	for _, tt := range []struct {
+		first, n uint64
+		mask     OverlapKinds
+	}{
+		{0, 1, overlapAllKinds}, {4, 1, overlapAllKinds}, {6, 1, overlapAllKinds}, {8, 251, overlapAllKinds},
+		{5, 1, overlapAllKinds &^ OverlapActiveL2}, {7, 1, overlapAllKinds &^ OverlapRefcountBlock},
+		{256, 3, overlapAllKinds}, {360, 1, overlapAllKinds}, {363, 153, overlapAllKinds},
+		{259, 100, overlapAllKinds &^ OverlapActiveL2}, {300, 1, overlapAllKinds &^ OverlapActiveL2},
+		{361, 2, overlapAllKinds &^ OverlapInactiveL2},
+		{515, 1, overlapAllKinds}, {520, 1000, overlapAllKinds},
+	} {
+		if k, _ := l.query(tt.first<<16, tt.n<<16, tt.mask); k != 0 {
+			t.Errorf("%d clusters from %d are %v", tt.n, tt.first, k)
+		}
+	}
+	for _, off := range []uint64{window, 3*window - 1, 1 << 40} {
 		if k, _ := l.query(off, 1<<16, overlapAllKinds); k != 0 {
 			t.Errorf("%#x is %v", off, k)
 		}
@@ -894,23 +1033,73 @@ func testOverlapConcurrency(t *testing.T, limits overlapLimits, suspect bool) {
 	}
 }
 
-// TestOverlapListStaleSlot queries a window whose slot is being exchanged, or holds another window already.
+// TestOverlapListStaleSlot queries a window whose slot is being exchanged, or holds another window already, or again
+// the same one: what was read before does not count then.
 func TestOverlapListStaleSlot(t *testing.T) {
 	l := newOverlapList(9, overlapLimits{})
 	l.enter(OverlapActiveL2, 5<<9, 1)
 	l.query(5<<9, 1, overlapAllKinds)
-	s := l.slots[0].Load()
-	if !l.free(9, 9) {
+	s, g := &l.slots[0], l.group(0)
+	if !l.free(9, 9, overlapAllKinds) {
 		t.Fatal("cluster 9 is not free")
 	}
-	s.seq.Add(1)
-	if l.free(9, 9) {
+	tag, ok := s.holds(0)
+	if !ok || !s.confirm(tag) || !s.confirm(tag&^overlapUsed) {
+		t.Fatalf("the slot has tag %#x", tag)
+	}
+	s.tag.Store(0)
+	if l.free(9, 9, overlapAllKinds) || s.confirm(tag) || s.confirm(tag&^overlapUsed) {
 		t.Error("cluster 9 is found free while its window goes")
 	}
-	s.seq.Add(1)
-	s.window.Store(1)
-	if l.free(9, 9) {
+	s.tag.Store(tag + 1<<overlapTagBits)
+	if l.free(9, 9, overlapAllKinds) || s.confirm(tag) || s.confirm(tag&^overlapUsed) {
 		t.Error("cluster 9 is found free by another window's bits")
+	}
+	s.tag.Store(tag)
+	l.mu.Lock()
+	l.cacheLocked(0, g, 0)
+	l.mu.Unlock()
+	if s.confirm(tag) || s.confirm(tag&^overlapUsed) {
+		t.Error("the window is taken for the one that was there before")
+	}
+	if !l.free(9, 9, overlapAllKinds) {
+		t.Error("cluster 9 is not free when its window is back")
+	}
+}
+
+// TestOverlapListHomes asks for windows in a row, as many as there is room for, and finds each in the slot that its
+// index names; where that slot is in use, the window has another, and is found there too.
+func TestOverlapListHomes(t *testing.T) {
+	const size = 1 << (overlapWindowBits + 9)
+	for _, n := range []uint64{1, 2, 3, 4, 5, 8, 484} {
+		for _, start := range []uint64{0, 1, 31, 1000 * n} {
+			l := newOverlapList(9, overlapLimits{cacheBytes: int64(n) * (overlapSlotBytes + overlapMapBytes)})
+			for w := start; w < start+n; w++ {
+				l.enter(OverlapActiveL2, w*size, 1)
+				l.query(w*size, 1, overlapAllKinds)
+			}
+			if start > 0 && n&(n-1) != 0 {
+				continue // only a power of two of them has no end that comes first
+			}
+			for w := start; w < start+n; w++ {
+				if _, ok := l.slots[l.home(w)].holds(w); !ok {
+					t.Errorf("%d slots: window %d is not in slot %d", n, w, l.home(w))
+				}
+			}
+		}
+
+		l := newOverlapList(9, overlapLimits{cacheBytes: int64(n) * (overlapSlotBytes + overlapMapBytes)})
+		for i := range n {
+			w := i << 20
+			l.enter(OverlapActiveL2, w*size, 1)
+			l.query(w*size, 1, overlapAllKinds)
+			if c := w << overlapWindowBits; !l.free(c+4, c+4, overlapAllKinds) || l.free(c, c, overlapAllKinds) {
+				t.Errorf("%d slots: window %d is not cached", n, w)
+			}
+		}
+		if err := verifyOverlapList(l); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
@@ -928,7 +1117,7 @@ func TestOverlapListExchangeConcurrency(t *testing.T) {
 	go func() {
 		defer reader.Done()
 		for !done.Load() && !t.Failed() {
-			if l.free(0, size-1) || l.free(size, 2*size-1) {
+			if l.free(0, size-1, overlapAllKinds) || l.free(size, 2*size-1, overlapAllKinds) {
 				t.Error("a window with metadata is found free")
 			}
 		}
@@ -964,7 +1153,7 @@ func TestOverlapListDropConcurrency(t *testing.T) {
 	go func() {
 		defer reader.Done()
 		for i := at.Load(); i < blocks && !t.Failed(); i = at.Load() {
-			if c := i << overlapBlockBits; l.free(c, c) {
+			if c := i << overlapBlockBits; l.free(c, c, overlapAllKinds) {
 				t.Errorf("cluster %d is found free", c)
 			}
 			queries.Add(1)

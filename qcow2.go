@@ -31,10 +31,15 @@ type Image struct {
 	ownsHost  bool
 	ownsData  bool
 	readOnly  bool
-	checkOnly bool       // only Check works; there is no mapper
-	repairs   bool       // Check may repair, although nothing else may write
-	lazy      bool       // refcounts may lag behind on disk, under the dirty bit
-	snapshots []snapshot // guarded by mu
+	checkOnly bool        // only Check works; there is no mapper
+	repairs   bool        // Check may repair, although nothing else may write
+	lazy      bool        // refcounts may lag behind on disk, under the dirty bit
+	discard   DiscardMode // OpenOptions.Discard; immutable after open
+	noUnref   bool        // OpenOptions.DiscardNoUnref; immutable after open
+	snapshots []snapshot  // guarded by mu
+
+	opened   map[*SnapshotDisk]struct{} // snapshots that are open; guarded by mu
+	deleting *snapshotKey               // the snapshot that is being deleted, or nil; guarded by mu
 
 	reqs    *requests
 	mu      sync.Mutex // the metadata lock: mapper and allocator
@@ -366,6 +371,7 @@ func (img *Image) Sync() error {
 	if err := img.flush(); err != nil {
 		return fmt.Errorf("qcow2: sync: %w", err)
 	}
+	img.giveBack()
 	return nil
 }
 
@@ -376,6 +382,7 @@ func (img *Image) Close() error {
 	if img.closed.Swap(true) {
 		return fmt.Errorf("qcow2: close: %w", fs.ErrClosed)
 	}
+	img.closeSnapshots()
 	img.reqs.drain()
 	var err error
 	if !img.readOnly {
@@ -394,6 +401,7 @@ func (img *Image) Abandon() error {
 	if img.closed.Swap(true) {
 		return fmt.Errorf("qcow2: abandon: %w", fs.ErrClosed)
 	}
+	img.closeSnapshots()
 	img.reqs.drain()
 	img.wb.stop()
 	if err := img.release(); err != nil {
@@ -416,7 +424,7 @@ func (img *Image) finish() error {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	a := img.m.alloc
-	if err := errors.Join(img.releaseLimbo(), a.writeBack()); err != nil {
+	if err := errors.Join(img.releaseAll(), a.writeBack()); err != nil {
 		return err
 	}
 	if err := img.padFile(); err != nil {

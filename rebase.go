@@ -55,6 +55,9 @@ func (o *RebaseOptions) validate() error {
 // or subclusters; what was zeros becomes zero clusters, where the version has them. A backing file that is shorter than
 // the disk reads as zeros behind its end.
 //
+// Internal snapshots read through the new backing file too, where they hold nothing themselves: as with QEMU, what they
+// show may change.
+//
 // Reads and writes go on while it copies; they wait for the moment of the change. Afterwards the live image reads
 // through the new disk, and Backing returns it. The old one is closed if the library opened it; else it is the
 // caller's to close.
@@ -213,6 +216,10 @@ func (r *rebaser) change() error {
 		*img.hdr = *now
 		img.featureMu.Unlock()
 		r.was, img.below = img.below, r.below
+		for d := range img.opened {
+			d.disk.below = r.below
+			d.disk.below.owned = false
+		}
 		img.refreshInfo()
 		return nil
 	})

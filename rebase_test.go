@@ -310,3 +310,48 @@ func TestRebaseRefused(t *testing.T) {
 		})
 	}
 }
+
+// TestRebaseOpenSnapshot reads a snapshot that is open through the new backing file, once the old one is closed.
+func TestRebaseOpenSnapshot(t *testing.T) {
+	const size = 1 << 20
+	disks := ResolverMap{"a": NewMemoryStorage(), "b": NewMemoryStorage()}
+	for i, name := range []string{"a", "b"} {
+		if _, err := disks[name].WriteAt(bytes.Repeat([]byte{byte(i + 1)}, size), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := NewMemoryStorage()
+	img, err := CreateStorage(s, size, &CreateOptions{BackingFile: "a", BackingFormat: "raw", Open: &OpenOptions{Resolver: disks}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	snap, err := img.CreateSnapshot(context.Background(), &SnapshotOptions{Name: "before"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := img.OpenSnapshot(SnapshotRef{ID: snap.ID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := RebaseOptions{BackingFile: "b", BackingFormat: "raw", Resolver: disks}
+	if err := img.Rebase(context.Background(), &o); err != nil {
+		t.Fatal(err)
+	}
+	p := make([]byte, 512)
+	if _, err := d.ReadAt(p, 4096); err != nil || p[0] != 2 {
+		t.Errorf("the snapshot reads %d, %v", p[0], err)
+	}
+	if _, err := img.ReadAt(p, 4096); err != nil || p[0] != 1 {
+		t.Errorf("the disk reads %d, %v", p[0], err)
+	}
+	if err := img.Amend(context.Background(), &AmendOptions{Version: 2}); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.ReadAt(p, 4096); err != nil || p[0] != 2 {
+		t.Errorf("after an amend the snapshot reads %d, %v", p[0], err)
+	}
+	if err := errors.Join(d.Close(), img.Close()); err != nil {
+		t.Error(err)
+	}
+	walkStorage(t, s, true)
+}

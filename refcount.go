@@ -168,7 +168,7 @@ type allocator struct {
 
 	test testHooks
 
-	freed   []clusterRun  // references dropped since the last cut
+	freed   []freedRun    // references dropped since the last cut
 	waiting atomic.Uint64 // their number; written under the metadata lock
 
 	released atomic.Uint64 // counts the references that release lowered; written under the metadata lock
@@ -178,6 +178,22 @@ type allocator struct {
 type clusterRun struct {
 	first uint64 // cluster index
 	n     uint64
+}
+
+// dropCause says why a reference was dropped, by which OpenOptions.Discard decides whether the host gets the space
+// back.
+type dropCause uint8
+
+const (
+	dropOther    dropCause = iota // the cluster was rewritten elsewhere, or is a table that moved
+	dropDiscard                   // Discard, or WriteZeroes with ZeroMayUnmap
+	dropSnapshot                  // a snapshot was deleted
+)
+
+// freedRun is references that were dropped, one to each cluster of the run.
+type freedRun struct {
+	clusterRun
+	cause dropCause
 }
 
 // refcountSlice is a piece of a refcount block in memory, as it stands on disk.
@@ -585,26 +601,29 @@ func (a *allocator) undo(r clusterRun) {
 
 // free drops one reference of each cluster of r. The references are counted until the cut that holds the
 // change is durable and release is called (I1, I4).
-func (a *allocator) free(r clusterRun) {
+func (a *allocator) free(r clusterRun) { a.freeFor(dropOther, r) }
+
+// freeFor is free for a cause of its own.
+func (a *allocator) freeFor(cause dropCause, r clusterRun) {
 	if a.test.reuseImmediately {
-		_, _ = a.release([]clusterRun{r})
+		_, _ = a.release([]freedRun{{r, cause}})
 		return
 	}
 	a.waiting.Add(r.n)
-	if n := len(a.freed); n > 0 && a.freed[n-1].first+a.freed[n-1].n == r.first {
+	if n := len(a.freed); n > 0 && a.freed[n-1].first+a.freed[n-1].n == r.first && a.freed[n-1].cause == cause {
 		a.freed[n-1].n += r.n
 		return
 	}
-	a.freed = append(a.freed, r)
+	a.freed = append(a.freed, freedRun{r, cause})
 }
 
 // release lowers the refcounts of runs whose drop is durable and that no request uses any more. It
 // returns what it could not lower for an error of the host; an entry that cannot be lowered because the
 // image is corrupt is passed over.
-func (a *allocator) release(runs []clusterRun) ([]clusterRun, error) {
+func (a *allocator) release(runs []freedRun) ([]freedRun, error) {
 	for i, r := range runs {
 		for r.n > 0 {
-			n, err := a.add(r, -1)
+			n, err := a.add(r.clusterRun, -1)
 			a.released.Add(n)
 			r.first, r.n = r.first+n, r.n-n
 			var corrupt *CorruptError
@@ -620,17 +639,57 @@ func (a *allocator) release(runs []clusterRun) ([]clusterRun, error) {
 	return nil, nil
 }
 
+// releaseShared is release for the clusters of r that somebody else refers to as well. The others, whose only
+// reference is the dropped one, it appends to sole and leaves as they are: until they are released nobody
+// takes them, since pack is kept from what is left in them. It returns how many clusters it went through.
+func (a *allocator) releaseShared(r freedRun, sole []freedRun) (n uint64, _ []freedRun, err error) {
+	perSlice := uint64(8<<a.g.sliceBits) >> a.g.refcountOrder
+	for n < r.n {
+		s, i, err := a.slice(r.first + n)
+		if err != nil {
+			return n, sole, err
+		}
+		for ; i < perSlice && n < r.n; i, n = i+1, n+1 {
+			ci := r.first + n
+			switch v := refcountAt(s.data, a.g.refcountOrder, i); v {
+			case 0: // corrupt: passed over, as release does
+			case 1:
+				if a.packOff>>a.g.clusterBits == ci {
+					a.packOff = 0
+				}
+				if k := len(sole); k > 0 && sole[k-1].first+sole[k-1].n == ci && sole[k-1].cause == r.cause {
+					sole[k-1].n++
+				} else {
+					sole = append(sole, freedRun{clusterRun{first: ci, n: 1}, r.cause})
+				}
+			default:
+				setRefcountAt(s.data, a.g.refcountOrder, i, v-1)
+				s.dirty = true
+				a.released.Add(1)
+			}
+		}
+	}
+	return n, sole, nil
+}
+
 // checkReferenced refuses to go on if a cluster that is about to lose a reference has none: its refcount
 // is wrong, and lowering it would free somebody else's cluster.
 func (a *allocator) checkReferenced(r clusterRun) error {
-	for i := range r.n {
-		v, err := a.refcount(r.first + i)
-		if err != nil {
-			return err
+	perSlice := uint64(8<<a.g.sliceBits) >> a.g.refcountOrder
+	for r.n > 0 {
+		n := uint64(0)
+		if a.covered(r.first) {
+			s, i, err := a.slice(r.first)
+			if err != nil {
+				return err
+			}
+			n = nonzeroRun(s.data, a.g.refcountOrder, i, min(r.n, perSlice-i))
+			if n == min(r.n, perSlice-i) {
+				r.first, r.n = r.first+n, r.n-n
+				continue
+			}
 		}
-		if v == 0 {
-			return &CorruptError{What: "refcount 0 of a cluster in use", HostOff: int64((r.first + i) << a.g.clusterBits), GuestOff: noOffset}
-		}
+		return &CorruptError{What: "refcount 0 of a cluster in use", HostOff: int64((r.first + n) << a.g.clusterBits), GuestOff: noOffset}
 	}
 	return nil
 }

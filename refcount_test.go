@@ -361,7 +361,7 @@ func (m *allocatorModel) release() {
 			}
 		}
 	}
-	if rest, err := m.a.release(append([]clusterRun(nil), runs...)); err != nil || rest != nil {
+	if rest, err := m.a.release(append([]freedRun(nil), runs...)); err != nil || rest != nil {
 		m.t.Fatalf("release: %v, %v left", err, rest)
 	}
 }

@@ -17,8 +17,9 @@ import (
 //	   refcount blocks where some are missing (written, sync, hooked up, sync), or,
 //	   where the table or a block cannot be used, in a new table with new blocks beside
 //	   the old ones (written, sync, one header write, sync)
-//	3  snapshot table entries                                                            sync
+//	3  what shares a cluster is parted: see parting; snapshot table entries              sync
 //	4  table entries that the format forbids                                             sync
+//	   bitmaps that still share a cluster dropped, entries of their tables               sync
 //	5  refcounts lowered to the references that are left                                 sync
 //	6  COPIED on where there is exactly one reference                                    sync
 //	7  if nothing is left: the dirty bit off, sync, the corrupt bit off                  sync
@@ -30,8 +31,9 @@ import (
 // are both right for what is on disk (I3); the old ones are leaks until step 5. COPIED is set only on a
 // cluster whose count of one is durable (I7). The bits that keep writers out go last.
 //
-// An entry in a cluster of another table is left alone. If that was an old refcount table or block, the entry is
-// mended after the new ones took over, COPIED included: until then it is as wrong as it was.
+// What is in a cluster that is something else too is left alone until it has a copy of its own, COPIED included: until
+// then it is as wrong as it was. In an image with such clusters, steps 2 to 6 are made again until they have nothing to
+// write: a second repair has nothing to write either, whatever is left.
 type repairer struct {
 	ctx   context.Context
 	host  *hostFile
@@ -42,6 +44,7 @@ type repairer struct {
 
 	zeros   *zeroClusters // for entries that read as zeros where no entry says so; nil: none are needed
 	changed bool          // something was written since the last sync
+	writes  int           // writes so far
 	wrote   bool          // something was written at all
 	rebuilt bool
 }
@@ -113,6 +116,7 @@ func (r *repairer) again() (*checker, error) {
 		return nil, err
 	}
 	c := newChecker(r.ctx, r.host, r.h, size, &CheckOptions{Progress: r.o.Progress})
+	c.cutExtra = r.o.Repair == RepairAll
 	return c, c.walk()
 }
 
@@ -131,6 +135,7 @@ func (r *repairer) syncAt(at repairSync) error {
 // write writes p at host offset off.
 func (r *repairer) write(use clusterUse, p []byte, off uint64) error {
 	r.changed, r.wrote = true, true
+	r.writes++
 	return r.host.write(use, p, off)
 }
 
@@ -177,34 +182,68 @@ func (r *repairer) repair() error {
 	if err := r.showReferences(); err != nil {
 		return err
 	}
-	c, err := r.again()
-	if err != nil {
-		return err
-	}
-	defer r.watch(c)()
-	table, err := r.planSnapshotTable(c)
-	if err != nil {
-		return err
-	}
-	if err := r.planZeros(c); err != nil {
-		return err
-	}
-	if err := r.raise(c); err != nil {
-		return err
-	}
-	if err := r.mendSnapshotTable(c, table); err != nil {
-		return err
-	}
-	if err := r.mendEntries(c); err != nil {
-		return err
-	}
-	if c, err = r.again(); err != nil {
-		return err
-	}
-	if err := r.lower(c); err != nil {
-		return err
+	for range maxRounds {
+		written := r.writes
+		if entangled, err := r.mend(); err != nil {
+			return err
+		} else if !entangled || r.writes == written {
+			break
+		}
 	}
 	return r.clearBits()
+}
+
+// maxRounds bounds the rounds of a repair.
+const maxRounds = 4
+
+// entangled reports whether clusters are more than one thing, so that what one round mends may make visible what the
+// next one can mend. A repair ends when a round has nothing to write, so that another would not either.
+func (c *checker) entangled() bool { return len(c.shared)+len(c.split)+len(c.over) > 0 }
+
+// mend is steps 2 to 6. It reports whether the image was entangled before.
+func (r *repairer) mend() (entangled bool, err error) {
+	c, err := r.again()
+	if err != nil {
+		return false, err
+	}
+	entangled = c.entangled()
+	restore := r.watch(c)
+	defer func() { restore() }()
+	p, err := r.planParting(c)
+	if err != nil {
+		return entangled, err
+	}
+	table, err := r.planSnapshotTable(c, p)
+	if err != nil {
+		return entangled, err
+	}
+	r.zeros = nil
+	steps := []func() error{
+		func() error { return r.planZeros(c) },
+		func() error { return r.raise(c) },
+		func() error { return r.moveL1(c, p) },
+		func() error { return r.mendSnapshotTable(c, table, p) },
+		func() error { return r.moveL2(c, p) },
+		func() error { return r.mendEntries(c, p) },
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return entangled, err
+		}
+	}
+	if c, err = r.again(); err != nil {
+		return entangled, err
+	}
+	restore() // what was parted is something else alone now
+	restore = r.watch(c)
+	changed, err := r.mendBitmaps(c)
+	if err == nil && changed {
+		c, err = r.again()
+	}
+	if err != nil {
+		return entangled, err
+	}
+	return entangled, r.lower(c)
 }
 
 // checkDataFile refuses to repair an image with the data file bit that names no data file, unless it is sound. If
@@ -233,7 +272,7 @@ func (r *repairer) repairLeaks() error {
 // eachCopied replaces every active L1 entry, and every active L2 entry that may hold a cluster, by what f
 // returns for it.
 func (r *repairer) eachCopied(c *checker, f func(w uint64) (uint64, error)) error {
-	err := r.eachL1(c, true, func(w uint64) (uint64, error) {
+	err := r.eachL1(c, func(w uint64) (uint64, error) {
 		if w&offsetMask == 0 {
 			return w, nil
 		}
@@ -262,35 +301,36 @@ func (r *repairer) eachCopied(c *checker, f func(w uint64) (uint64, error)) erro
 	})
 }
 
-// eachL1 replaces the entries of the active L1 table, or of those of the snapshots, by what f returns for them.
-func (r *repairer) eachL1(c *checker, active bool, f func(w uint64) (uint64, error)) error {
-	places := []span{{lo: c.hdr.l1Off, hi: c.hdr.l1Off + c.hdr.l1Bytes()}}
-	use := useL1
-	if !active {
-		places, use = overlay(c.snapshotL1s()), useInactiveL1
+// eachL1 replaces the entries of the active L1 table by what f returns for them, unless its clusters are something else
+// too.
+func (r *repairer) eachL1(c *checker, f func(w uint64) (uint64, error)) error {
+	if c.shared[sharedTable{OverlapActiveL1, c.hdr.l1Off}] {
+		return nil
 	}
-	for _, s := range places {
-		err := c.words(s.lo, (s.hi-s.lo)/8, func(i, w uint64) error {
-			now, err := f(w)
-			if err != nil || now == w {
-				return err
-			}
-			return mended(r.write(use, binary.BigEndian.AppendUint64(nil, now), s.lo+8*i))
-		})
-		if err != nil {
-			return fmt.Errorf("L1 table: %w", err)
+	err := c.words(c.hdr.l1Off, uint64(c.hdr.l1Size), func(i, w uint64) error {
+		now, err := f(w)
+		if err != nil || now == w {
+			return err
 		}
+		return mended(r.write(useL1, binary.BigEndian.AppendUint64(nil, now), c.hdr.l1Off+8*i))
+	})
+	if err != nil {
+		return fmt.Errorf("L1 table: %w", err)
 	}
 	return nil
 }
 
-// eachL2 lets f change the content of every L2 table that c found.
+// eachL2 lets f change the content of every L2 table that c found. What it changes in a table whose cluster is something
+// else too is not written.
 func (r *repairer) eachL2(c *checker, f func(ref l2Ref, p []byte) error) error {
 	now := make([]byte, c.clusterSize)
 	return c.eachTable(c.l2, func(ref l2Ref, before []byte) error {
 		copy(now, before)
 		if err := f(ref, now); err != nil {
 			return err
+		}
+		if c.shared[sharedTable{OverlapActiveL2, ref.off}] {
+			return nil
 		}
 		if err := mended(r.writeChanged(useAnyL2, before, now, ref.off)); err != nil {
 			return fmt.Errorf("L2 table: %w", err)
@@ -328,12 +368,7 @@ func (r *repairer) showReferences() error {
 		}
 	}
 	if c.uncounted || c.badBitmaps {
-		off, p := r.h.encodeAutoclearField(r.h.autoclear &^ autoclearBitmaps)
-		if err := r.writeHeader(off, p); err != nil {
-			return err
-		}
-		r.h.autoclear &^= autoclearBitmaps
-		r.h.bitmaps = nil
+		return r.dropBitmaps()
 	}
 	return nil
 }
@@ -374,19 +409,26 @@ func (r *repairer) dropSnapshots(c *checker) error {
 
 // snapshotTablePlan is a new snapshot table, to be written at host offset off.
 type snapshotTablePlan struct {
-	off  uint64
-	data []byte
+	off     uint64
+	data    []byte
+	entries []uint64 // where in data the entries begin
 }
 
-// planSnapshotTable builds a new snapshot table if entries of the old one are incomplete, and takes clusters
-// for it at the end of what c counted.
-func (r *repairer) planSnapshotTable(c *checker) (*snapshotTablePlan, error) {
-	incomplete := len(c.snapshots) < int(r.h.nbSnapshots) // the rest is past the end of the file
+// planSnapshotTable builds a new snapshot table if entries of the old one are incomplete or too long, and takes clusters
+// for it at the end of what c counted. Extra data above 1 KiB is not in the new one: no reader opens an image with it,
+// so that nobody can have stored there what would be missed, while without the snapshot all of its disk would be.
+// So are the new places of L1 tables by p.
+func (r *repairer) planSnapshotTable(c *checker, p *parting) (*snapshotTablePlan, error) {
+	incomplete := p.table || len(c.snapshots) < int(r.h.nbSnapshots) // the rest is past the end of the file
 	var data []byte
-	for i := range c.snapshots {
-		s := &c.snapshots[i]
-		incomplete = incomplete || !c.version2 && len(s.extra) < snapExtraDiskSize+8
+	var entries []uint64
+	for i, s := range c.snapshots {
+		if to, ok := p.l1[i]; ok {
+			s.l1Off = to
+		}
+		incomplete = incomplete || s.cut > 0 || !c.version2 && len(s.extra) < snapExtraDiskSize+8
 		data = append(data, make([]byte, -len(data)&7)...)
+		entries = append(entries, uint64(len(data)))
 		data = s.append(data)
 	}
 	if !incomplete {
@@ -399,7 +441,7 @@ func (r *repairer) planSnapshotTable(c *checker) (*snapshotTablePlan, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &snapshotTablePlan{off: run.first << c.clusterBits, data: data}, nil
+	return &snapshotTablePlan{off: run.first << c.clusterBits, data: data, entries: entries}, nil
 }
 
 // zeroClusters are clusters of zeros that entries share: each as many as its refcount counts.
@@ -408,6 +450,12 @@ type zeroClusters struct {
 	n     uint64 // clusters in use
 	used  uint64 // references to the last of them
 	most  uint64 // largest refcount
+	limit uint64 // clusters that there are
+}
+
+// fits reports whether there is a cluster for an entry that counts so often.
+func (z *zeroClusters) fits(times uint64) bool {
+	return z.n < z.limit || z.n > 0 && times <= z.most-z.used
 }
 
 // next returns the cluster for an entry that counts so often.
@@ -447,7 +495,7 @@ func (r *repairer) planZeros(c *checker) error {
 			return fmt.Errorf("cluster of zeros: %w", err)
 		}
 	}
-	r.zeros = &zeroClusters{first: run.first, most: c.most}
+	r.zeros = &zeroClusters{first: run.first, most: c.most, limit: run.n}
 	return nil
 }
 
@@ -467,16 +515,20 @@ func (s *snapshot) append(p []byte) []byte {
 	p = be.AppendUint32(p, s.dateSec)
 	p = be.AppendUint32(p, s.dateNsec)
 	p = be.AppendUint64(p, s.vmClock)
-	p = be.AppendUint32(p, uint32(min(s.vmState, 1<<32-1)))
+	vmState32 := uint32(s.vmState)
+	if s.vmState > math.MaxUint32 {
+		vmState32 = 0 // the extra data has it
+	}
+	p = be.AppendUint32(p, vmState32)
 	p = be.AppendUint32(p, uint32(len(extra)))
 	p = append(p, extra...)
 	p = append(p, s.id...)
 	return append(p, s.name...)
 }
 
-// mendSnapshotTable is step 3: it writes the new snapshot table, or takes impossible L1 tables out of the old
-// one. The size goes first: an L1 table of no entries is none, wherever it is.
-func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan) error {
+// mendSnapshotTable is step 3: it writes the new snapshot table, or the new places of L1 tables into the old one, and
+// takes impossible L1 tables out. The size goes first: an L1 table of no entries is none, wherever it is.
+func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan, p *parting) error {
 	if plan != nil {
 		if len(plan.data) > 0 {
 			r.host.enter(OverlapSnapshotTable, plan.off, uint64(len(plan.data)))
@@ -496,13 +548,24 @@ func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan) error 
 			return err
 		}
 		r.h.nbSnapshots, r.h.snapshotsOff = n, at
-		c.snapshots = nil // they have new places
-		if err := c.readSnapshots(); err != nil {
-			return err
+		for i := range c.snapshots {
+			c.snapshots[i].entryOff = plan.off + plan.entries[i]
 		}
+	}
+	if c.shared[sharedTable{OverlapSnapshotTable, r.h.snapshotsOff}] {
+		return nil
 	}
 	for i := range c.snapshots {
 		s := &c.snapshots[i]
+		if to, ok := p.l1[i]; ok {
+			if plan == nil {
+				if err := r.write(useSnapshotTable, binary.BigEndian.AppendUint64(nil, to), s.entryOff+snapL1Off); err != nil {
+					return fmt.Errorf("snapshot table: %w", err)
+				}
+			}
+			s.l1Off = to
+			continue
+		}
 		if s.checkL1(&c.geometry) == nil && (s.l1Size == 0 || c.inside(s.l1Off, uint64(s.l1Size)*l1EntrySize)) {
 			continue
 		}
@@ -516,27 +579,26 @@ func (r *repairer) mendSnapshotTable(c *checker, plan *snapshotTablePlan) error 
 		}
 		s.l1Size, s.l1Off = 0, 0
 	}
-	return nil
+	return r.sync()
 }
 
-// mendEntries is step 4. Entries change one by one, each within a sector, and each for itself.
-func (r *repairer) mendEntries(c *checker) error {
-	mendL1 := func(w uint64) (uint64, error) { return c.mendL1(w), nil }
-	for _, active := range []bool{true, false} {
-		if err := r.eachL1(c, active, mendL1); err != nil {
-			return err
-		}
-	}
+// mendEntries is step 4 for L2 entries; moveL2 is for those of L1 tables. Entries change one by one, each within a sector,
+// and each for itself.
+func (r *repairer) mendEntries(c *checker, p *parting) error {
 	err := r.eachMended(c, func(ref l2Ref, e, m l2Entry) l2Entry {
 		if m.word == 0 && r.zeros != nil {
-			m.word = r.zeros.next(uint64(ref.active)+uint64(ref.inactive)) << c.clusterBits
+			times := uint64(ref.active) + uint64(ref.inactive)
+			if !r.zeros.fits(times) {
+				return e // tables that were parted count in another order than planned
+			}
+			m.word = r.zeros.next(times) << c.clusterBits
 		}
 		return m
 	})
 	if err != nil {
 		return err
 	}
-	if err := r.mendBitmaps(c); err != nil {
+	if err := r.moveData(c, p); err != nil {
 		return err
 	}
 	return r.syncAt(repairSyncMend)
@@ -565,14 +627,20 @@ func (r *repairer) eachMended(c *checker, f func(ref l2Ref, e, m l2Entry) l2Entr
 }
 
 // mendBitmaps takes impossible entries out of the tables of bitmaps. What such a bitmap says is not known any
-// more: it is marked as stale, durably, before.
-func (r *repairer) mendBitmaps(c *checker) error {
+// more: it is marked as stale, durably, before. Bitmaps in clusters that are still something else too are dropped. It
+// reports whether anything was changed, durably.
+func (r *repairer) mendBitmaps(c *checker) (changed bool, err error) {
 	if r.h.bitmaps == nil {
-		return nil
+		return false, nil
+	}
+	for t := range c.shared {
+		if t.kind == OverlapBitmapDirectory {
+			return true, r.dropBitmaps()
+		}
 	}
 	entries, err := readBitmapDirectory(r.host.s, int64(c.size), r.h, Limits{MetadataBytes: maxBitmapDirBytes})
 	if err != nil {
-		return err
+		return false, err
 	}
 	for i := range entries {
 		b := &entries[i]
@@ -584,26 +652,38 @@ func (r *repairer) mendBitmaps(c *checker) error {
 			return nil
 		})
 		if err != nil {
-			return fmt.Errorf("bitmap table: %w", err)
+			return changed, fmt.Errorf("bitmap table: %w", err)
 		}
 		if len(bad) == 0 {
 			continue
 		}
+		changed = true
 		if !b.inUse() {
 			err := r.write(useBitmapDirectory, binary.BigEndian.AppendUint32(nil, b.flags|bitmapInUse), b.dirOff+bitmapFlags)
 			if err == nil {
 				err = r.sync()
 			}
 			if err != nil {
-				return fmt.Errorf("bitmap directory: %w", err)
+				return changed, fmt.Errorf("bitmap directory: %w", err)
 			}
 		}
 		for _, off := range bad {
 			if err := r.write(useBitmapTable, make([]byte, 8), off); err != nil {
-				return fmt.Errorf("bitmap table: %w", err)
+				return changed, fmt.Errorf("bitmap table: %w", err)
 			}
 		}
 	}
+	return changed, r.syncAt(repairSyncMend)
+}
+
+// dropBitmaps switches all bitmaps off in one header write.
+func (r *repairer) dropBitmaps() error {
+	off, p := r.h.encodeAutoclearField(r.h.autoclear &^ autoclearBitmaps)
+	if err := r.writeHeader(off, p); err != nil {
+		return err
+	}
+	r.h.autoclear &^= autoclearBitmaps
+	r.h.bitmaps = nil
 	return nil
 }
 
@@ -648,7 +728,7 @@ func (r *repairer) result() (*CheckResult, error) {
 		}
 	}
 	res := *r.last.res
-	res.CorruptionsFixed = max(r.first.res.Corruptions+r.first.res.Unreadable-res.Corruptions-res.Unreadable, 0)
+	res.CorruptionsFixed = max(r.first.res.corrupt()-res.corrupt(), 0)
 	res.LeaksFixed = max(r.first.res.Leaks-res.Leaks, 0)
 	res.Rebuilt = r.rebuilt
 	return &res, nil

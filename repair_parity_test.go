@@ -201,51 +201,37 @@ func (c *checker) tables() map[uint64]int {
 	return in
 }
 
-// shared reports whether what leads to the cluster of guest offset guest in the disk with the L1 table at l1Off
-// is also something else, or the cluster is a table: then it is the table that was read, and a repair mends it.
-// In version 2, the walker reads zeros where a zero flag is, which no reader may accept.
-func (c *checker) shared(in map[uint64]int, l1Off, guest uint64) bool {
+// changes reports whether a repair may change what the guest reads at guest in the disk with the L1 table at l1Off: it
+// is in the header, or in what the walker reads and no reader may accept, which is zeros where version 2 has a zero flag.
+func (c *checker) changes(l1Off, guest uint64) bool {
 	word := func(off uint64) uint64 {
 		var p [16]byte
 		c.h.readFull(p[:], off)
 		return binary.BigEndian.Uint64(p[:])
 	}
-	cluster := func(off uint64) int { return in[off>>c.clusterBits] }
-	l1At := l1Off + guest>>(c.clusterBits+c.l2Bits)*l1EntrySize
-	l2 := word(l1At) & offsetMask
-	if cluster(l1At) > 1 || cluster(l2) > 1 {
-		return true
-	}
-	if c.external {
-		// A table that two entries name can be right for one of them.
-		return slices.ContainsFunc(c.l2, func(r l2Ref) bool { return r.off == l2 && r.active > 1 })
-	}
+	l2 := word(l1Off+guest>>(c.clusterBits+c.l2Bits)*l1EntrySize) & offsetMask
 	e := word(l2 + guest>>c.clusterBits&(1<<c.l2Bits-1)<<c.l2EntryBits)
 	if e&flagCompressed == 0 {
-		if c.version2 && e&flagZero != 0 {
-			return true
-		}
-		return cluster(e&offsetMask) > 0
+		return c.version2 && e&flagZero != 0
 	}
-	off, n := c.compressed(e)
-	return cluster(off) > 0 || cluster(off+n-1) > 0
+	off, _ := c.compressed(e)
+	return off < c.clusterSize
 }
 
 // lost returns what could be read of the image f before its repair and reads other content now; "" if it is all
-// there. It leaves out what is shared, and reports how many clusters those are.
+// there. It leaves out what a repair may change, and reports how many clusters those are.
 func (img *poolImage) lost(t testing.TB, f *pagedFile, before, now contents) (lost string, left int) {
 	t.Helper()
 	c, err := openForCheck(f)
 	if err != nil {
 		return "", 0
 	}
-	in := c.tables()
 	compare := func(what string, l1Off uint64, before, now map[int64][]byte) {
 		for off, p := range before {
 			q, ok := now[off]
 			switch {
 			case bytes.Equal(p, q):
-			case c.shared(in, l1Off, uint64(off)):
+			case c.changes(l1Off, uint64(off)):
 				left++
 			case lost == "":
 				lost = fmt.Sprintf("%s: the cluster of guest %#x could be read before, and reads other content now (readable %v)", what, off, ok)
@@ -300,13 +286,13 @@ func (img *poolImage) repairAll(t testing.TB, dir poolDir, what string, f *paged
 	if lost, o.shared = img.lost(t, f, before, img.contentsOf(t, now.f)); lost != "" {
 		o.fault("%s", lost)
 	}
-	if o.class != "" {
-		return o
-	}
 	once := now.f.clone()
 	again := checkStorage(t, what, now, RepairAll)
 	if !now.f.equal(once) {
 		o.fault("a second repair changes the image: %v", again)
+	}
+	if o.class != "" {
+		return o
 	}
 	if again.err != nil || !again.res.Clean() || again.res.CorruptionsFixed+again.res.LeaksFixed > 0 {
 		o.fault("a second repair: %v", again)
@@ -345,23 +331,22 @@ func unrepairable(f *pagedFile, o *checkOutcome) string {
 		return ""
 	}
 	in := c.tables()
-	kinds := make(map[FindingKind]bool)
 	for _, f := range o.findings {
 		if !f.Left {
 			continue
 		}
-		kinds[f.Kind] = true
 		switch {
 		case f.Kind == FindingSnapshotDataFile:
 			return "snapshots with a data file"
 		case f.Part == "crypto header" && f.Kind == FindingBeyondEnd:
 			return "the crypto header is past the end of the file"
-		case in[uint64(f.HostOff)>>c.clusterBits] > 1:
-			return "two tables share a cluster" // what follows from it may be elsewhere
+		case f.Kind == FindingShared:
+			return "too much shares clusters"
+		case f.Kind == FindingOverflow && in[uint64(f.HostOff)>>c.clusterBits] > 1:
+			return "more tables in a cluster than the refcount's width can count"
+		case f.Kind == FindingOverflow:
+			return "more references than the refcount's width can count"
 		}
-	}
-	if len(kinds) == 1 && kinds[FindingOverflow] {
-		return "more references than the refcount's width can count"
 	}
 	return ""
 }

@@ -65,6 +65,7 @@ type snapshot struct {
 	diskSize uint64 // bytes; the image's own size where the entry lacks it
 	icount   uint64 // noICount if absent
 	extra    []byte // all the extra data as it stands, the known part included (I9)
+	cut      uint32 // bytes of extra data behind extra that were left out; see tableReader.cutExtra
 }
 
 // public returns what callers see of the snapshot. Numbers that int64 does not hold become the largest
@@ -160,17 +161,24 @@ func readSnapshotEntry(t *tableReader, h *header) (snapshot, error) {
 
 	extraSize := be.Uint32(fixed[snapExtraSize:])
 	if extraSize > maxSnapshotExtra {
-		return s, t.corrupt(fmt.Sprintf("entry has %d bytes of extra data, above %d", extraSize, maxSnapshotExtra))
+		if !t.cutExtra {
+			return s, t.corrupt(fmt.Sprintf("entry has %d bytes of extra data, above %d", extraSize, maxSnapshotExtra))
+		}
+		s.cut, extraSize = extraSize-maxSnapshotExtra, maxSnapshotExtra
 	}
-	// One piece for extra data, id and name: at most 1 KiB and twice 64 KiB.
+	s.extra = make([]byte, extraSize)
+	if err := t.read(s.extra); err != nil {
+		return s, err
+	}
+	if err := t.skip(s.cut); err != nil {
+		return s, err
+	}
 	idSize, nameSize := be.Uint16(fixed[snapIDSize:]), be.Uint16(fixed[snapNameSize:])
-	b := make([]byte, int(extraSize)+int(idSize)+int(nameSize))
+	b := make([]byte, int(idSize)+int(nameSize)) // at most twice 64 KiB
 	if err := t.read(b); err != nil {
 		return s, err
 	}
-	s.extra = b[:extraSize:extraSize]
-	s.id = string(b[extraSize:][:idSize])
-	s.name = string(b[extraSize:][idSize:])
+	s.id, s.name = string(b[:idSize]), string(b[idSize:])
 	if extraSize >= snapExtraVMState+8 {
 		s.vmState = be.Uint64(s.extra[snapExtraVMState:])
 	}
@@ -179,9 +187,6 @@ func readSnapshotEntry(t *tableReader, h *header) (snapshot, error) {
 	}
 	if extraSize >= snapExtraICount+8 {
 		s.icount = be.Uint64(s.extra[snapExtraICount:])
-	}
-	if len(b) > int(extraSize) {
-		s.extra = append([]byte(nil), s.extra...) // id and name are copied: let go of b
 	}
 	return s, nil
 }
@@ -198,6 +203,7 @@ type tableReader struct {
 	off      uint64      // host offset of the next byte
 	limit    uint64      // bytes that the table may have
 	limitErr *LimitError // what to return above limit; nil: the limit is the format's
+	cutExtra bool        // read a snapshot with more extra data than maxSnapshotExtra, without the rest of it
 }
 
 // corrupt returns a *CorruptError about the table at the present offset.
@@ -228,6 +234,22 @@ func (t *tableReader) read(p []byte) error {
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			return &CorruptError{What: t.what + " ends inside an entry", HostOff: int64(at), GuestOff: noOffset, Err: io.ErrUnexpectedEOF}
 		}
+		return fmt.Errorf("read %s at host %#x: %w", t.what, at, err)
+	}
+	return nil
+}
+
+// skip leaves out n bytes. The end of the file or table is a *CorruptError.
+func (t *tableReader) skip(n uint32) error {
+	at := t.off
+	if err := t.take(uint64(n)); err != nil {
+		return err
+	}
+	_, err := t.r.Discard(int(n))
+	switch {
+	case errors.Is(err, io.EOF):
+		return &CorruptError{What: t.what + " ends inside an entry", HostOff: int64(at), GuestOff: noOffset, Err: io.ErrUnexpectedEOF}
+	case err != nil:
 		return fmt.Errorf("read %s at host %#x: %w", t.what, at, err)
 	}
 	return nil

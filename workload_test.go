@@ -23,8 +23,13 @@ const (
 	opSync    opKind = "sync"
 	opWalk    opKind = "walk" // the independent walk over the bytes as they stand, without a sync
 	opReopen  opKind = "reopen"
-	opAmend   opKind = "amend"  // amend seed: to what the seed says
-	opRebase  opKind = "rebase" // rebase seed: to the backing file, or to none
+	opAmend   opKind = "amend"   // amend seed: to what the seed says
+	opRebase  opKind = "rebase"  // rebase seed: to the backing file, or to none
+	opDiscard opKind = "discard" // discard off n
+	opZero    opKind = "zero"    // zero off n: WriteZeroes
+	opUnmap   opKind = "unmap"   // unmap off n: WriteZeroes with ZeroMayUnmap
+
+	opSnapshot opKind = "snapshot" // snapshot seed: which operation on internal snapshots the seed says
 )
 
 // op is one operation of a workload. Its text form is one line.
@@ -36,12 +41,12 @@ type op struct {
 
 // ranged reports whether the operation has a range.
 func (o op) ranged() bool {
-	return o.kind != opSync && o.kind != opWalk && o.kind != opReopen && o.kind != opAmend && o.kind != opRebase
+	return o.kind != opSync && o.kind != opWalk && o.kind != opReopen && o.kind != opSnapshot && o.kind != opAmend && o.kind != opRebase
 }
 
 // seeded reports whether the operation has a seed.
 func (o op) seeded() bool {
-	return o.writes() || o.kind == opReadV || o.kind == opAmend || o.kind == opRebase
+	return o.writes() || o.kind == opReadV || o.kind == opSnapshot || o.kind == opAmend || o.kind == opRebase
 }
 
 // writes reports whether the operation changes the guest's disk.
@@ -67,7 +72,8 @@ func parseOp(line string) (op, error) {
 	}
 	o := op{kind: opKind(f[0])}
 	switch o.kind {
-	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen, opAmend, opRebase:
+	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
+	case opDiscard, opZero, opUnmap, opSnapshot, opAmend, opRebase:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -324,7 +330,7 @@ func (c workloadConfig) deviceSize() int64 {
 	if c.external() {
 		return (c.tables()*4 + 64) * c.clusterSize
 	}
-	return (3*int64(len(c.hot())) + 4*c.tables() + 200) * c.clusterSize
+	return ((3+maxModelSnapshots)*int64(len(c.hot())) + (4+maxModelSnapshots)*c.tables() + 200) * c.clusterSize
 }
 
 // hot returns the guest cluster indexes that a workload writes to: on a small disk all, on others some at
@@ -376,7 +382,7 @@ func newGenerator(c workloadConfig, seed uint64) *generator {
 	return &generator{c: c, rng: rand.New(rand.NewPCG(seed, 2)), hot: c.hot(), size: c.size()}
 }
 
-// generateOps returns n operations: about 34 % WriteCompressed and as many writes, 20 % reads and questions
+// generateOps returns n operations: one in eight discards or zeroes, and of the others about 34 % WriteCompressed and as many writes, 20 % reads and questions
 // for extents, 7 % Sync, 3 % reopen; with a data file writes only. The first ones reach into every L2 table.
 func generateOps(c workloadConfig, seed uint64, n int) []op {
 	g := newGenerator(c, seed)
@@ -392,6 +398,12 @@ func (g *generator) op() op {
 	if o, ok := g.amendOp(); ok {
 		return o
 	}
+	if g.rng.IntN(8) == 0 {
+		if g.rng.IntN(10) == 0 {
+			return op{kind: opSync} // as often as among the others
+		}
+		return g.zeroing()
+	}
 	packed := 34 // percent of WriteCompressed; they turn mapped clusters into such as must be replaced
 	if g.c.external() {
 		packed = 1 // each is refused
@@ -399,6 +411,8 @@ func (g *generator) op() op {
 	switch k := g.rng.IntN(100); {
 	case k < packed:
 		return g.compressed()
+	case k < 37:
+		return op{kind: opSnapshot, seed: g.rng.Uint64N(1 << 32)}
 	case k < 68:
 		o := op{kind: opWrite, seed: g.rng.Uint64N(1 << 32)}
 		if g.rng.IntN(8) == 0 {

@@ -104,14 +104,26 @@ func (img *Image) writeNew(p []byte, guestOff uint64) (int, error) {
 // holds the clusters exclusively.
 func (m *mapper) entries(guestOff, n uint64) ([]l2Entry, error) {
 	entries := make([]l2Entry, n)
+	if err := m.readEntries(entries, guestOff); err != nil {
+		return nil, err
+	}
+	return entries, nil
+}
+
+// readEntries fills entries with the L2 entries of the guest clusters from guestOff's on, as entries does.
+func (m *mapper) readEntries(entries []l2Entry, guestOff uint64) error {
 	l2Off, err := m.l2Table(guestOff)
-	if err != nil || l2Off == 0 {
-		return entries, err
+	if err != nil {
+		return err
+	}
+	if l2Off == 0 {
+		clear(entries)
+		return nil
 	}
 	sliceOff, i := m.sliceAt(l2Off, guestOff)
 	s, err := m.slice(sliceOff)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for j := range entries {
 		e := m.entry(s, i+uint64(j))
@@ -122,15 +134,15 @@ func (m *mapper) entries(guestOff, n uint64) ([]l2Entry, error) {
 		}
 		for sub := range subs {
 			if m.kind(e, sub) == kindInvalid {
-				return nil, m.corruptEntry(s, i+uint64(j), e, at)
+				return m.corruptEntry(s, i+uint64(j), e, at)
 			}
 		}
 		if m.external && m.hasCluster(e) && e.hostOff() != at {
-			return nil, m.corruptEntry(s, i+uint64(j), e, at)
+			return m.corruptEntry(s, i+uint64(j), e, at)
 		}
 		entries[j] = e
 	}
-	return entries, nil
+	return nil
 }
 
 // owned reports whether e holds a host cluster that is the active image's alone, so that it may be written

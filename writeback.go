@@ -1,10 +1,12 @@
 package qcow2
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"sync"
 )
 
@@ -15,7 +17,8 @@ import (
 //	round 1  refcounts; new tables were written whole when they were made        sync data file, sync
 //	round 2  pointers to new refcount blocks, to a moved refcount table          sync, if there are any
 //	round 3  L2 slices, L1 entries                                               sync, if there are any
-//	then     references that the cut dropped are lowered and written, unsynced
+//	then     references that the cut dropped are lowered and written, unsynced; where the host gets the space
+//	         back, it is punched before (punchDropped)
 //
 // With lazy refcounts, round 1 writes the header's dirty bit instead of the refcounts, which follow at Close.
 //
@@ -43,17 +46,21 @@ type writeback struct {
 	err     error  // how the last one ended
 
 	// Used by the running cut alone, or under the metadata lock:
-	limbo   []freedCut // dropped references whose drop is durable, and that requests may still use
-	taken   uint64     // number of dropped references in the running cut
-	lowered bool       // refcounts were lowered since the last host sync
-	test    testHooks
-	dirty   bool // the header's dirty bit is set on disk
+	limbo    []freedCut // dropped references whose drop is durable, and that requests may still use
+	punches  []freedRun // such that no request uses any more, whose space the host gets back before they are released
+	punching int        // calls of punchDropped whose clusters the host punches
+	punched  sync.Cond  // punching fell; on the metadata lock
+	taken    uint64     // number of dropped references in the running cut
+	lowered  bool       // refcounts were lowered since the last host sync
+	test     testHooks
+	late     []freedRun // with test.punchLate: released, and not punched yet
+	dirty    bool       // the header's dirty bit is set on disk
 }
 
 // freedCut is what one cut dropped.
 type freedCut struct {
 	epoch uint64 // requests registered in this epoch or earlier may use the clusters
-	runs  []clusterRun
+	runs  []freedRun
 }
 
 // flush writes back a cut that begins after flush was called. Calls at the same time share one.
@@ -301,7 +308,7 @@ func (img *Image) endCut(c *cut, failed error) {
 		}
 		a.moved = a.moved || c.moved
 		for _, r := range c.freed.runs {
-			a.free(r)
+			a.freeFor(r.cause, r.clusterRun)
 		}
 		return
 	}
@@ -328,7 +335,11 @@ func (img *Image) releaseLimbo() error {
 	oldest := img.reqs.oldest()
 	for len(w.limbo) > 0 && w.limbo[0].epoch < oldest {
 		w.lowered = true
-		rest, err := img.m.alloc.release(w.limbo[0].runs)
+		runs := w.limbo[0].runs
+		if img.discard != DiscardNever {
+			runs = img.takePunches(runs)
+		}
+		rest, err := img.m.alloc.release(runs)
 		if err != nil {
 			w.limbo[0].runs = rest
 			return err
@@ -336,6 +347,123 @@ func (img *Image) releaseLimbo() error {
 		w.limbo = w.limbo[1:]
 	}
 	return nil
+}
+
+// takePunches moves to writeback.punches what is to be punched, and returns the other runs. Precondition: the
+// metadata lock.
+func (img *Image) takePunches(runs []freedRun) []freedRun {
+	kept := runs[:0]
+	for _, r := range runs {
+		if img.discard.passes(r.cause) {
+			img.wb.punches = append(img.wb.punches, r)
+		} else {
+			kept = append(kept, r)
+		}
+	}
+	return kept
+}
+
+// punchBatch is the number of runs that are punched and then released together.
+const punchBatch = 1024
+
+// punchDropped releases what releaseLimbo does, and what it has set aside to be punched, in this order for each
+// cluster whose last reference was dropped:
+//
+//   - its drop is durable, and no request that resolved it is in flight (releaseLimbo), so that a crash at any
+//     later point finds no mapping of it, and nobody reads it (I4);
+//   - the host punches it, while its refcount in memory, and so on disk, is still one: the allocator gives it to
+//     nobody, so that no later write can meet the punch. Nobody else refers to it, nor comes to do so: pack is the
+//     only one who adds a reference to a cluster in use while guests write, and does not to this one any more;
+//     whoever counts references anew waits for punching to end (releaseAll);
+//   - it is released. Nobody takes it for zeros: of a punch that was not synced a crash may lose any part.
+//
+// A punch is a wish. Where the host cannot do it, or fails, the cluster is released all the same. One that would
+// hit metadata marks the image as corrupt, as a write does (I8); nothing is released then.
+//
+// The metadata lock is held, and let go while the host works. What an error keeps from being released stays for
+// the next time.
+func (img *Image) punchDropped() error {
+	w, a := &img.wb, img.m.alloc
+	err := img.releaseLimbo()
+	for len(w.punches) > 0 && err == nil {
+		var sole []freedRun
+		for len(w.punches) > 0 && len(sole) < punchBatch {
+			r := &w.punches[0]
+			var n uint64
+			if n, sole, err = a.releaseShared(*r, sole); err != nil {
+				r.first, r.n = r.first+n, r.n-n
+				break
+			}
+			w.punches = w.punches[1:]
+		}
+		if w.test.punchLate {
+			// Released now, punched the next time.
+			_, _ = a.release(slices.Clone(sole))
+			sole, w.late = w.late, sole
+		}
+		w.punching++
+		img.mu.Unlock()
+		perr := img.punchRuns(sole)
+		img.mu.Lock()
+		if perr != nil {
+			w.punches = append(w.punches, sole...)
+		} else if !w.test.punchLate {
+			rest, rerr := a.release(sole)
+			w.punches = append(w.punches, rest...)
+			perr = rerr
+		}
+		w.punching--
+		w.punched.Broadcast()
+		err = errors.Join(err, perr)
+	}
+	return err
+}
+
+// punchRuns has the host punch the runs, whose clusters have the dropped reference alone. It sorts them.
+func (img *Image) punchRuns(runs []freedRun) error {
+	slices.SortFunc(runs, func(x, y freedRun) int { return cmp.Compare(x.first, y.first) })
+	for i := 0; i < len(runs); {
+		r := runs[i]
+		for i++; i < len(runs) && runs[i].first == r.first+r.n && runs[i].cause == r.cause; i++ {
+			r.n += runs[i].n
+		}
+		// A table that was dropped is on the list of metadata until it is released.
+		own := allocatedKinds
+		if r.cause == dropDiscard {
+			own = 0
+		}
+		if err := img.host.punch(own, noOffset, r.first<<img.m.clusterBits, r.n<<img.m.clusterBits); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// releaseAll is punchDropped, and waits for others who do the same: then nothing whose drop is durable, and that no
+// request uses, is left to be released. The metadata lock is held, and let go meanwhile.
+func (img *Image) releaseAll() error {
+	err := img.punchDropped()
+	for img.wb.punching > 0 {
+		img.wb.punched.Wait()
+	}
+	return err
+}
+
+// giveBack punches and releases what the last write-back made ready for it, and writes the refcounts that fell,
+// without a sync. It is for calls that just wrote back, and hold nothing; what it cannot do waits for the next.
+func (img *Image) giveBack() {
+	if img.discard == DiscardNever {
+		return
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if len(img.wb.punches) == 0 && len(img.wb.limbo) == 0 {
+		return
+	}
+	_ = img.punchDropped() // what could not be released stays; Close meets the error
+	if !img.lazy || img.closing.Load() {
+		_ = img.m.alloc.writeBack() // what could not be written stays dirty; the next cut meets the error
+	}
 }
 
 // maxQuarantine is the number of bytes in dropped clusters that may wait for a write-back before one is
@@ -351,6 +479,9 @@ func (img *Image) relieve() error {
 	if err == fs.ErrClosed {
 		return nil // Close wrote it back
 	}
+	if err == nil {
+		img.giveBack()
+	}
 	return err
 }
 
@@ -361,7 +492,7 @@ func (img *Image) relieve() error {
 func (img *Image) reclaim(seen uint64) bool {
 	m, w := img.m, &img.wb
 	m.mu.Lock()
-	held := m.alloc.waiting.Load() > 0 || w.taken > 0 || len(w.limbo) > 0
+	held := m.alloc.waiting.Load() > 0 || w.taken > 0 || len(w.limbo) > 0 || len(w.punches) > 0 || w.punching > 0
 	m.mu.Unlock()
 	if held && img.flush() == nil {
 		m.mu.Lock()
@@ -372,7 +503,7 @@ func (img *Image) reclaim(seen uint64) bool {
 		m.mu.Unlock()
 		img.reqs.waitPast(last)
 		m.mu.Lock()
-		_ = img.releaseLimbo() // what could not be released is not counted
+		_ = img.releaseAll() // what could not be released is not counted
 		m.mu.Unlock()
 	}
 	return m.alloc.released.Load() != seen

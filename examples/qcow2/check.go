@@ -95,7 +95,7 @@ func checkCommand() *cobra.Command {
 		switch {
 		case res.CheckErrors > 0:
 			return fmt.Errorf("%s: not everything could be checked", name)
-		case res.Corruptions+res.Unreadable > 0:
+		case res.Corruptions+res.Unreadable+res.Shared > 0:
 			return &exitError{code: exitCorrupt}
 		case res.Leaks > 0:
 			return &exitError{code: exitLeaks}
@@ -190,7 +190,7 @@ func printCheck(w io.Writer, name string, res *qcow2.CheckResult) error {
 		p.line("refcounts", "made anew")
 	}
 	if !res.Clean() {
-		p.line("corruptions", res.Corruptions+res.Unreadable)
+		p.line("corruptions", res.Corruptions+res.Unreadable+res.Shared)
 		if res.LostCopied > 0 {
 			p.line("of these without harm", res.LostCopied)
 		}
@@ -215,7 +215,7 @@ func verdict(res *qcow2.CheckResult) string {
 	switch {
 	case res.CheckErrors > 0:
 		return "unknown, because not everything could be checked"
-	case res.Corruptions+res.Unreadable > res.LostCopied:
+	case res.Corruptions+res.Unreadable+res.Shared > res.LostCopied:
 		return "corrupt: do not write to the image before it is repaired"
 	case res.Corruptions > 0:
 		return "sound, but for flags that cost copies"

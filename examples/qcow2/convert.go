@@ -20,7 +20,7 @@ func convertCommand() *cobra.Command {
 		showsBar, quiet bool
 	)
 	cmd := &cobra.Command{
-		Use:   "convert [-f FMT] [-O OUTPUT_FMT] [-c] [-p] [-o OPTIONS] [-S SPARSE_SIZE] FILE OUTPUT_FILE",
+		Use:   "convert [-f FMT] [-O OUTPUT_FMT] [-c] [-p] [-o OPTIONS] [-S SPARSE_SIZE] [-l SNAPSHOT] FILE OUTPUT_FILE",
 		Short: "Convert a disk into another format, replacing an existing file",
 		Args:  cobra.RangeArgs(0, 2), // none with -o help
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
@@ -83,6 +83,7 @@ func convertCommand() *cobra.Command {
 	cmd.Flags().BoolVarP(&showsBar, "progress", "p", false, "show progress")
 	cmd.Flags().StringArrayVarP(&options, "options", "o", nil, "options of the output's format: a=b,c=d (or help)")
 	cmd.Flags().StringVarP(&sparse, "sparse-size", "S", "", "bytes of zeros that become a hole, a power of two from 512 to 1M (default 4k)")
+	cmd.Flags().StringVarP(&source.snapshot, "snapshot", "l", "", "convert an internal snapshot: ID_OR_NAME, or snapshot.id=ID,snapshot.name=NAME")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print errors only")
 	return cmd
 }

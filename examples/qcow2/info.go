@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -137,21 +136,7 @@ func describe(name string, opts disk.Options) (*imageInfo, error) {
 			data.DataFileRaw = &h.DataFileRaw
 		}
 	}
-	for _, s := range snapshots {
-		si := snapshotInfo{
-			ID:          s.ID,
-			Name:        s.Name,
-			VMStateSize: s.VMStateSize,
-			DateSec:     s.Date.Unix(),
-			DateNsec:    int64(s.Date.Nanosecond()),
-			VMClockSec:  int64(s.VMClock / time.Second),
-			VMClockNsec: int64(s.VMClock % time.Second),
-		}
-		if s.ICount >= 0 {
-			si.ICount = &s.ICount
-		}
-		info.Snapshots = append(info.Snapshots, si)
-	}
+	info.Snapshots = describeSnapshots(snapshots)
 	return info, nil
 }
 
@@ -238,18 +223,7 @@ func printInfo(w io.Writer, info *imageInfo) {
 	if info.BackingFormat != "" {
 		line("backing file format", printable(info.BackingFormat))
 	}
-	if len(info.Snapshots) > 0 {
-		fmt.Fprintf(w, "Snapshot list:\n%-9s %-16s %8s %19s %12s %10s\n", "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
-		for _, s := range info.Snapshots {
-			icount := ""
-			if s.ICount != nil {
-				icount = fmt.Sprint(*s.ICount)
-			}
-			fmt.Fprintf(w, "%-9s %-16s %8s %19s %02d:%02d:%02d.%03d %10s\n", printable(s.ID), printable(s.Name),
-				humanSize(s.VMStateSize), time.Unix(s.DateSec, 0).Format("2006-01-02 15:04:05"),
-				s.VMClockSec/3600, s.VMClockSec/60%60, s.VMClockSec%60, s.VMClockNsec/1e6, icount)
-		}
-	}
+	printSnapshots(w, info.Snapshots)
 	if info.Specific == nil {
 		return
 	}

@@ -9,6 +9,7 @@
 //	map      where the content of a disk lies
 //	rebase   another backing file for an image
 //	amend    other features for an image
+//	snapshot lists, applies, creates and deletes internal snapshots
 //
 // Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
 // found in this way without its backing and data files. -f or --trust opens them.
@@ -56,11 +57,11 @@ func (e *exitError) Unwrap() error { return e.err }
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root := &cobra.Command{
 		Use:           "qcow2",
-		Short:         "Create, describe, check, convert and map disk images",
+		Short:         "Create, describe, check, convert and map disk images, and keep snapshots of them",
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand())
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), snapshotCommand())
 	root.AddCommand(rebaseCommand(), amendCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
@@ -85,6 +86,8 @@ type sourceFlags struct {
 	format string // "" means that the file tells
 	trust  bool
 	share  bool
+
+	snapshot string // -l, of commands that have it
 }
 
 // add defines the flags on cmd.
@@ -114,6 +117,13 @@ func (f *sourceFlags) open(name string, stderr io.Writer) (*disk.Disk, error) {
 	opts, err := f.options(name, stderr)
 	if err != nil {
 		return nil, fmt.Errorf("could not open '%s': %w", name, err)
+	}
+	if f.snapshot != "" {
+		ref, err := parseSnapshot(f.snapshot)
+		if err != nil {
+			return nil, err
+		}
+		opts.Snapshot = &ref
 	}
 	d, err := disk.Open(name, opts)
 	var missing *qcow2.FileRequiredError

@@ -58,6 +58,8 @@ type Options struct {
 	Format string // Raw or QCOW2
 	Follow bool   // open the backing and data files that an image names, wherever they are
 	Share  bool   // read beside a writer (qemu-img's -U)
+
+	Snapshot *qcow2.SnapshotRef // the internal snapshot that is meant; nil: the disk itself
 }
 
 // Disk is an open disk.
@@ -82,6 +84,9 @@ func (d *Disk) Close() error {
 func Open(name string, opts Options) (*Disk, error) {
 	switch opts.Format {
 	case Raw:
+		if opts.Snapshot != nil {
+			return nil, errors.New("a raw file has no snapshots")
+		}
 		return openRaw(name, opts)
 	case QCOW2:
 		return openImage(name, opts)
@@ -138,7 +143,15 @@ func openImage(name string, opts Options) (*Disk, error) {
 	if files.data != "" {
 		all[0] = files.data
 	}
-	return &Disk{Disk: img, Files: all, closers: []func() error{img.Close}}, nil
+	d := &Disk{Disk: img, Files: all, closers: []func() error{img.Close}}
+	if opts.Snapshot != nil {
+		s, err := img.OpenSnapshot(*opts.Snapshot)
+		if err != nil {
+			return nil, errors.Join(err, img.Close())
+		}
+		d.Disk, d.closers = s, []func() error{s.Close, img.Close}
+	}
+	return d, nil
 }
 
 // localFiles is a Resolver that opens any file of this machine that the user may: for images whose

@@ -7,18 +7,15 @@ import (
 )
 
 // allocRun returns n free clusters in one run, with refcount one: a table that the header or an entry names by its
-// offset alone needs them so. Where the run passes clusters without refcount blocks, the blocks come to stand behind
+// offset alone needs them so. It looks for them from cluster from on first, then everywhere. Where the run passes clusters without refcount blocks, the blocks come to stand behind
 // it rather than in it.
 //
 // Order: as alloc and createBlock. A new block is written whole here, and its table entry follows in a cut; an error
 // here leaves blocks that nothing else uses, and changes nothing besides. Precondition: mu.
-func (a *allocator) allocRun(n uint64) (clusterRun, error) {
-	if n <= 1 {
-		return a.alloc(n)
-	}
+func (a *allocator) allocRun(from, n uint64) (clusterRun, error) {
 	for {
-		r, missing, err := a.findRun(a.many, n)
-		if isNoSpace(err) && a.one < a.many {
+		r, missing, err := a.findRun(max(from, a.one), n)
+		if isNoSpace(err) && a.one < from {
 			r, missing, err = a.findRun(a.one, n)
 		}
 		if err != nil {
@@ -40,8 +37,8 @@ func (a *allocator) allocRun(n uint64) (clusterRun, error) {
 		if err := a.raise(r); err != nil {
 			return clusterRun{}, err
 		}
-		if a.many == r.first {
-			a.many += r.n
+		if a.one == r.first {
+			a.one += r.n
 		}
 		return r, nil
 	}

@@ -244,7 +244,7 @@ func (a *amender) placeSnapshots() (clusterRun, error) {
 	}
 	m := img.m
 	img.mu.Lock()
-	run, err := m.alloc.allocRun(m.clusters(uint64(len(data))))
+	run, err := m.alloc.allocRun(m.alloc.many, m.clusters(uint64(len(data))))
 	img.mu.Unlock()
 	if err != nil {
 		return clusterRun{}, fmt.Errorf("new snapshot table: %w", err)

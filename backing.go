@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"sync/atomic"
 )
 
 // Disk is a source of guest data: an Image, a snapshot, a raw file. It is safe for concurrent use.
@@ -21,7 +22,7 @@ type Disk interface {
 // RawDisk is a Disk whose bytes are those of a storage: a raw image file, or a block device.
 type RawDisk struct {
 	s    Storage
-	size int64 // rounded up to sectors
+	size atomic.Int64 // in bytes, rounded up to sectors; grows when an image above is committed
 }
 
 var (
@@ -36,11 +37,13 @@ func NewRawDisk(s Storage) (*RawDisk, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &RawDisk{s: s, size: (n + sectorSize - 1) / sectorSize * sectorSize}, nil
+	d := &RawDisk{s: s}
+	d.size.Store((n + sectorSize - 1) / sectorSize * sectorSize)
+	return d, nil
 }
 
 // Size returns the size of the disk in bytes, a multiple of 512.
-func (d *RawDisk) Size() int64 { return d.size }
+func (d *RawDisk) Size() int64 { return d.size.Load() }
 
 // ReadAt is io.ReaderAt.
 func (d *RawDisk) ReadAt(p []byte, off int64) (int, error) {
@@ -48,14 +51,15 @@ func (d *RawDisk) ReadAt(p []byte, off int64) (int, error) {
 		return 0, fmt.Errorf("raw disk: %w", ErrRange)
 	}
 	var eof error
-	if off >= d.size {
+	size := d.Size()
+	if off >= size {
 		if len(p) == 0 {
 			return 0, nil
 		}
 		return 0, io.EOF
 	}
-	if int64(len(p)) > d.size-off {
-		p, eof = p[:d.size-off], io.EOF
+	if int64(len(p)) > size-off {
+		p, eof = p[:size-off], io.EOF
 	}
 	n, err := d.s.ReadAt(p, off)
 	if n < len(p) {
@@ -72,8 +76,8 @@ func (d *RawDisk) ReadAt(p []byte, off int64) (int, error) {
 
 // WriteAt is io.WriterAt. It never grows the disk: ErrRange.
 func (d *RawDisk) WriteAt(p []byte, off int64) (int, error) {
-	if off < 0 || off > d.size || int64(len(p)) > d.size-off {
-		return 0, fmt.Errorf("raw disk: write %d bytes at %#x: %w of %d bytes", len(p), off, ErrRange, d.size)
+	if size := d.Size(); off < 0 || off > size || int64(len(p)) > size-off {
+		return 0, fmt.Errorf("raw disk: write %d bytes at %#x: %w of %d bytes", len(p), off, ErrRange, size)
 	}
 	return d.s.WriteAt(p, off)
 }
@@ -88,7 +92,7 @@ func (d *RawDisk) Extents(off, n int64) iter.Seq2[Extent, error] {
 			yield(Extent{}, fmt.Errorf("raw disk: %w", ErrRange))
 			return
 		}
-		end := min(d.size, off+min(n, d.size)) // no overflow: both are at most size where it matters
+		end := min(d.Size(), off+min(n, d.Size())) // no overflow: both are at most size where it matters
 		for off < end {
 			start, stop, err := d.s.NextData(off)
 			switch {

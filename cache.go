@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -257,10 +258,11 @@ func (c *tableCache) dropLocked(key sliceKey) {
 	}
 }
 
-// forget removes all slices of image id, none of which has changes.
+// forget removes all slices of image id, changes included: there are none, or nobody will write them.
 func (c *tableCache) forget(id uint16) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.dirty = slices.DeleteFunc(c.dirty, func(s *l2Slice) bool { return uint64(s.key)>>48 == uint64(id) })
 	for i := range c.sets {
 		if s := c.sets[i].Load(); s != nil && uint64(s.key)>>48 == uint64(id) {
 			c.sets[i].Store(nil)

@@ -304,7 +304,7 @@ func (img *Image) check(ctx context.Context, o *CheckOptions) (*CheckResult, err
 	if err := o.validate(); err != nil {
 		return nil, err
 	}
-	if !img.readOnly {
+	if !img.readOnly.Load() {
 		return img.checkLive(ctx, o)
 	}
 	defer img.reqs.leave(img.reqs.enter()) // Close waits for it

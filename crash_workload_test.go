@@ -45,6 +45,7 @@ type crashConfig struct {
 	compressed int // percent of the operations that are WriteCompressed
 	sync       int // percent that are Sync
 	reopen     int // percent that are Close and a new open
+	makeEmpty  int // percent that are MakeEmpty, besides
 	discards   int // percent of the others that are Discard or WriteZeroes
 	discard    DiscardMode
 	noUnref    bool
@@ -187,6 +188,7 @@ func crashWorkloads() []crashWorkload {
 				c.compressed = 20
 			}
 		}},
+		emptyWorkload(),
 	}
 	workloads = append(workloads, crashDiscardWorkloads(workloads)...)
 	return workloads
@@ -229,7 +231,7 @@ type (
 // crashTightens reports whether a mark demands more of the states after it.
 func crashTightens(mark any) bool {
 	switch mark.(type) {
-	case crashSyncEnd, crashCreated:
+	case crashSyncEnd, crashCreated, crashEmptyEnd:
 		return true
 	}
 	return false
@@ -374,6 +376,9 @@ func (r *crashRun) openOptions(data Storage) *OpenOptions {
 	o := &OpenOptions{ReadWrite: true, Backing: r.backingDisk, DataFile: data, test: r.test, Discard: r.discard, DiscardNoUnref: r.noUnref}
 	if r.tiny {
 		o.L2CacheBytes, o.RefcountCacheBytes = 1, 1
+	}
+	if r.test.emptyOrder != emptyOrderKept {
+		o.OverlapCheck.Preset = OverlapNone // it would refuse what is out of order
 	}
 	return o
 }
@@ -645,6 +650,9 @@ func newCrashGenerator(r *crashRun, rng *rand.Rand, start, end int64) *crashGene
 
 // step does one operation: a sync or a write. A write that fails is an error of the run.
 func (g *crashGenerator) step(img *Image) error {
+	if g.makeEmpty > 0 && g.rng.IntN(100) < g.makeEmpty {
+		return g.makeEmptyStep(img)
+	}
 	k := g.rng.IntN(100)
 	if k < g.sync {
 		return g.syncWith("sync", img.Sync)

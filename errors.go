@@ -41,6 +41,8 @@ var (
 	// ErrBackingRequired says that the image names another file (backing or data) and that the options
 	// give no way to reach it. The located form is *FileRequiredError.
 	ErrBackingRequired = errors.New("image needs another file")
+	// ErrNoBacking refuses to commit an image that has no backing file.
+	ErrNoBacking = errors.New("image has no backing file")
 	// ErrBackingFormatUnknown says that neither the header nor the caller tells the format of a backing
 	// file. It is never probed.
 	ErrBackingFormatUnknown = errors.New("format of the backing file is not given")

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 )
 
@@ -93,7 +94,7 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 			end = off + n
 		}
 		for off < end {
-			x, below, err := img.mapped(uint64(off), uint64(end-off))
+			x, err := img.mapped(uint64(off), uint64(end-off))
 			if err != nil {
 				yield(Extent{}, err)
 				return
@@ -110,7 +111,7 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 			case kindCompressed:
 				e.Kind = ExtentCompressed
 			case kindUnallocated:
-				if !below.extents(e, yield) {
+				if !img.extentsBelow(e, yield) {
 					return
 				}
 				continue
@@ -122,27 +123,34 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 	}
 }
 
-// mapped is mapper.resolve as a request of its own. It also returns what lay below the image then.
-func (img *Image) mapped(off, n uint64) (extent, backing, error) {
+// mapped is mapper.resolve as a request of its own.
+func (img *Image) mapped(off, n uint64) (extent, error) {
 	s := img.reqs.enter()
 	defer img.reqs.leave(s)
 	if err := img.readable(); err != nil {
-		return extent{}, backing{}, err
+		return extent{}, err
 	}
-	x, err := img.m.resolve(off, n)
-	return x, img.below, err
+	return img.m.resolve(off, n)
 }
 
-// extents yields the state of e's range, which the image above does not hold, from the backing disk. It reports
-// whether to go on.
-func (b *backing) extents(e Extent, yield func(Extent, error) bool) bool {
-	if b.missing != nil {
-		yield(Extent{}, b.missing)
+// extentsBelow yields the state of e's range, which the image does not hold, from the backing disk. It
+// reports whether to go on.
+func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
+	below := img.lower()
+	if below.missing != nil {
+		yield(Extent{}, below.missing)
 		return false
 	}
 	end := e.Off + e.Len
-	if b.disk != nil {
-		for b, err := range extentsOf(b.disk, e.Off, e.Len) {
+	for again := below.disk != nil; again; {
+		again = false
+		for b, err := range extentsOf(below.disk, e.Off, end-e.Off) {
+			if errors.Is(err, fs.ErrClosed) {
+				if now := img.lower(); now.disk != below.disk {
+					below, again = now, true // a Commit or Rebase has put another one into its place
+					break
+				}
+			}
 			if err == nil && (b.Off != e.Off || b.Len <= 0 || b.Len > end-b.Off) {
 				err = errBadExtents
 			}

@@ -41,23 +41,33 @@ func (o *OverlapCheck) validate() error {
 // watchMetadata makes the list of all metadata clusters of the image, which every later write to its file is
 // checked against. Preconditions: nobody writes to the image, and its tables are loaded.
 func (img *Image) watchMetadata() error {
+	if !img.newMetadataList() {
+		return nil
+	}
+	h := img.host
+	size, err := h.s.Size()
+	if err != nil {
+		return err
+	}
+	return img.eachMetadata(h.watched, uint64(size), func(k OverlapKinds, off, n uint64) error {
+		h.enter(k, off, n)
+		return nil
+	})
+}
+
+// newMetadataList makes an empty list, and reports whether anything is checked against it. Precondition: nobody writes
+// to the image.
+func (img *Image) newMetadataList() bool {
 	kinds := img.overlap.kinds()
 	if kinds == 0 {
-		return nil
+		return false
 	}
 	h := img.host
 	h.metadata = newOverlapList(img.m.clusterBits, overlapLimits{cacheBytes: img.overlap.CacheBytes, listBytes: img.limits.MetadataBytes})
 	h.metadata.scan = img.scanMetadata
 	h.watched = kinds
 	h.onHit = img.refuseOverlap
-	size, err := h.s.Size()
-	if err != nil {
-		return err
-	}
-	return img.eachMetadata(kinds, uint64(size), func(k OverlapKinds, off, n uint64) error {
-		h.enter(k, off, n)
-		return nil
-	})
+	return true
 }
 
 // eachMetadata calls f with every range of the image file, which has size bytes, that is metadata of one of the

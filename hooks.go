@@ -14,6 +14,7 @@ type testHooks struct {
 
 	repairSkip repairSync // the sync of a repair that is left out
 	amendSkip  amendSync  // the sync of a header rewrite, Rebase or Amend that is left out
+	emptyOrder emptyOrder // the ordering of MakeEmpty or Commit that is broken
 
 	snapshotSkip snapshotSyncs // the syncs of operations on snapshots that are left out
 	keepCopied   bool          // leave COPIED in the tables of a snapshot that is applied: breaks I7

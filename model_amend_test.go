@@ -88,3 +88,6 @@ func (r *modelRun) rebase(o op) error {
 	r.stats.amends++
 	return r.walk(false)
 }
+
+// overBacking reports whether the image names its backing file, which a rebase may have taken away.
+func (r *modelRun) overBacking() bool { return r.f.backing != nil && r.img.Info().BackingFile != "" }

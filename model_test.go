@@ -382,7 +382,7 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 		return err
 	}
 	src := refwalk.Source{Image: r.f.image, Size: size, Data: r.f.data}
-	if r.f.backing != nil && r.img.Info().BackingFile != "" {
+	if r.overBacking() {
 		src.Backing = func(p []byte, off int64) error { r.f.content.read(p, off); return nil }
 	}
 	other, err := refwalk.NewReader(src)
@@ -506,6 +506,10 @@ func (r *modelRun) do(o op) error {
 		return r.amend(o)
 	case opRebase:
 		return r.rebase(o)
+	case opEmpty:
+		return r.empty()
+	case opCommit:
+		return r.commit()
 	case opSnapshot:
 		return r.snapshot(o)
 	case opReopen:

@@ -105,8 +105,9 @@ func (o *OpenOptions) validate() error {
 	return errors.Join(errs...)
 }
 
-// maxChainDepth bounds Limits.ChainDepth: the cache tells images apart by 16 bits.
-const maxChainDepth = 1 << 15
+// maxChainDepth bounds Limits.ChainDepth: the cache tells images apart by 16 bits, of which it gives out half the numbers
+// itself (takeID).
+const maxChainDepth = 1<<15 - 1
 
 // maxCacheBytes bounds the caches: beyond it lies more than any image's tables that are in use at once.
 const maxCacheBytes = 16 << 30
@@ -162,24 +163,28 @@ func resolve(r Resolver, ref FileRef) (Storage, error) {
 // open opens the image in s. It closes s after an error if the chain owns it.
 func open(s Storage, o OpenOptions, c *chain) (*Image, error) {
 	nested := c.depth > 0
-	owns := c.ownsTop || nested
-	img := &Image{name: o.Name, readOnly: !o.ReadWrite || o.CheckOnly, repairs: o.ReadWrite, checkOnly: o.CheckOnly, ownsHost: owns, reqs: newRequests()}
+	img, err := openQuietly(s, o, c)
+	switch {
+	case err == nil || nested:
+		return img, err
+	case o.Name == "":
+		return nil, fmt.Errorf("qcow2: open: %w", err)
+	}
+	return nil, fmt.Errorf("qcow2: open %s: %w", o.Name, err)
+}
+
+// openQuietly is open without the words around the error.
+func openQuietly(s Storage, o OpenOptions, c *chain) (*Image, error) {
+	owns := c.ownsTop || c.depth > 0
+	img := &Image{repairs: o.ReadWrite, checkOnly: o.CheckOnly, ownsHost: owns, reqs: newRequests()}
+	img.readOnly.Store(!o.ReadWrite || o.CheckOnly)
 	img.host = &hostFile{s: s}
 	img.data = img.host
 	img.wb.cond.L = &img.wb.mu
 	img.wb.punched.L = &img.mu
 	if err := img.open(s, o, c); err != nil {
 		img.closed.Store(true)
-		if rerr := img.release(); rerr != nil {
-			err = errors.Join(err, rerr)
-		}
-		switch {
-		case nested:
-			return nil, err
-		case o.Name == "":
-			return nil, fmt.Errorf("qcow2: open: %w", err)
-		}
-		return nil, fmt.Errorf("qcow2: open %s: %w", o.Name, err)
+		return nil, errors.Join(err, img.release())
 	}
 	return img, nil
 }
@@ -192,6 +197,7 @@ func (img *Image) open(s Storage, o OpenOptions, c *chain) error {
 	if err := c.enter(s, o.Limits); err != nil {
 		return err
 	}
+	img.openedWith = o
 	id := uint16(c.depth)
 	locked, err := lockStorage(s, lockRole(LockReader, LockWriter, o), o.Lock)
 	if err != nil {
@@ -437,9 +443,12 @@ func (img *Image) openData(o OpenOptions, c *chain) error {
 
 // backing is what lies below an image. Its zero value is nothing.
 type backing struct {
-	disk    Disk  // nil: none
-	owned   bool  // the library closes disk
-	missing error // for reads of what a backing file holds that was not opened
+	disk    Disk    // nil: none
+	owned   bool    // the library closes disk
+	missing error   // for reads of what a backing file holds that was not opened
+	ref     FileRef // by which the library opened disk
+	// resolver is what was asked for ref; it is asked again when disk is to be written.
+	resolver Resolver
 }
 
 // release closes the disk, if it is the library's to close.
@@ -487,7 +496,7 @@ func openBacking(h *header, o OpenOptions, c *chain) (b backing, err error) {
 	if err != nil {
 		return backing{}, fmt.Errorf("backing file %q: %w", h.backingName, err)
 	}
-	b.owned = true
+	b.owned, b.ref, b.resolver = true, ref, o.Resolver
 	return b, nil
 }
 
@@ -500,18 +509,22 @@ func openBelow(s Storage, format string, ref FileRef, o OpenOptions, c *chain) (
 	if err := c.enter(s, o.Limits); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
-	if _, err := lockStorage(s, lockRole(LockRawReader, LockRawReader, below), o.Lock); err != nil {
+	locked, err := lockStorage(s, lockRole(LockRawReader, LockRawReader, below), o.Lock)
+	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	d, err := NewRawDisk(s)
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
-	return &ownedRaw{d}, nil
+	return &ownedRaw{d, locked}, nil
 }
 
 // ownedRaw is a raw disk that closes its storage.
-type ownedRaw struct{ *RawDisk }
+type ownedRaw struct {
+	*RawDisk
+	locked bool // whether the storage has the lock of a reader
+}
 
 // Close closes the storage.
 func (d *ownedRaw) Close() error { return d.s.Close() }

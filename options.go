@@ -174,7 +174,7 @@ type CreateOptions struct {
 type FileKind int
 
 const (
-	KindBacking FileKind = iota // a backing file, opened for reading
+	KindBacking FileKind = iota // a backing file, opened for reading, and by Commit for writing
 	KindData                    // an external data file
 )
 
@@ -192,7 +192,7 @@ type FileRef struct {
 	Name     string   // the file's name as it stands in the image: untrusted
 	Format   string   // its format as far as the image or the options tell: "qcow2", "raw" or ""
 	Kind     FileKind // what it is for
-	Writable bool     // whether writing is wanted (data files of a writable image)
+	Writable bool     // whether writing is wanted: data files of a writable image, the backing file that Commit writes
 }
 
 // Resolver opens the files that images name. It is the only way by which an image can reach another

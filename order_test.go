@@ -101,6 +101,13 @@ func TestOrder(t *testing.T) {
 		{"datafile", 1 << 30, CreateOptions{DataFile: "data"}, []step{
 			write("write", 4096, 1<<20), sync,
 		}},
+		{"discard", 1 << 30, CreateOptions{}, []step{
+			write("write four clusters", 256<<10, 0), sync,
+			{"discard two", func(img *Image) error { return img.Discard(64<<10, 128<<10) }}, sync,
+			write("write takes the place of one", 4096, 2<<20), sync,
+			{"zero one", func(img *Image) error { return img.WriteZeroes(0, 64<<10, 0) }}, sync,
+			{"zero and unmap one, and a part", func(img *Image) error { return img.WriteZeroes(192<<10, 64<<10+2048, ZeroMayUnmap) }}, sync,
+		}},
 		{"blocks", 1 << 20, CreateOptions{ClusterSize: 512, RefcountBits: 64}, []step{
 			write("write past the first refcount block's range", 20_000, 0), sync,
 		}},

@@ -25,12 +25,14 @@ type Image struct {
 	codec codec.Type    // of compressed clusters; immutable after open
 	info  Info          // guarded by mu
 
-	name      string        // OpenOptions.Name; immutable after open
+	openedWith OpenOptions // with defaults; immutable after open, but what they point to may have changed
+
 	turns     atomic.Uint64 // operations that were alone with the image
-	below     backing       // changes in pausing
+	chainMu   sync.Mutex    // held by who exchanges what lies below, from before he reads it: Commit, Rebase
+	below     backing       // changes while no request is registered; read by who is one
 	ownsHost  bool
 	ownsData  bool
-	readOnly  bool
+	readOnly  atomic.Bool // a Commit writes its base for a while
 	checkOnly bool        // only Check works; there is no mapper
 	repairs   bool        // Check may repair, although nothing else may write
 	lazy      bool        // refcounts may lag behind on disk, under the dirty bit
@@ -88,10 +90,14 @@ func (img *Image) Info() Info {
 	return info
 }
 
-// Backing returns the disk below the image, or nil.
-func (img *Image) Backing() Disk {
+// Backing returns the disk below the image, or nil. Commit and Rebase may close what it returned and put another
+// disk into its place.
+func (img *Image) Backing() Disk { return img.lower().disk }
+
+// lower returns what lies below the image now.
+func (img *Image) lower() backing {
 	defer img.reqs.leave(img.reqs.enter())
-	return img.below.disk
+	return img.below
 }
 
 // Snapshots returns the internal snapshots in the order of the snapshot table.
@@ -284,7 +290,7 @@ func (img *Image) writable() error {
 		return fs.ErrClosed
 	case img.checkOnly:
 		return ErrCheckOnly
-	case img.readOnly:
+	case img.readOnly.Load():
 		return ErrReadOnly
 	}
 	return img.host.failure()
@@ -365,7 +371,7 @@ func (img *Image) Sync() error {
 	if img.closed.Load() {
 		return fmt.Errorf("qcow2: sync: %w", fs.ErrClosed)
 	}
-	if img.readOnly {
+	if img.readOnly.Load() {
 		return nil
 	}
 	if err := img.flush(); err != nil {
@@ -385,7 +391,7 @@ func (img *Image) Close() error {
 	img.closeSnapshots()
 	img.reqs.drain()
 	var err error
-	if !img.readOnly {
+	if !img.readOnly.Load() {
 		err = img.finish()
 		img.wb.stop()
 	}

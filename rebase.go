@@ -86,6 +86,8 @@ func (img *Image) rebase(ctx context.Context, o *RebaseOptions) error {
 	if err := img.writable(); err != nil {
 		return err
 	}
+	img.chainMu.Lock()
+	defer img.chainMu.Unlock()
 	r := &rebaser{img: img, ctx: ctx, o: o}
 	// Whether the name fits is found out first.
 	if err := img.alone(r.prepare); err != nil {
@@ -153,7 +155,7 @@ func (r *rebaser) open() (err error) {
 		return fmt.Errorf("%w: a file is its own backing file", ErrChain)
 	}
 	limits := img.limits
-	open := OpenOptions{Backing: o.Backing, Resolver: o.Resolver, Limits: &limits, Name: img.name, NoSync: img.host.noSync,
+	open := OpenOptions{Backing: o.Backing, Resolver: o.Resolver, Limits: &limits, Name: img.openedWith.Name, NoSync: img.host.noSync,
 		NoBacking: o.Backing == nil && o.Resolver == nil}
 	if !img.host.locked {
 		open.Lock = LockOff

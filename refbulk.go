@@ -80,6 +80,9 @@ func sortTables(tables []treeTable) []treeTable {
 
 // count counts the references of L2 table tab, which is p.
 func (t *refTree) count(r *entryRules, tab treeTable, p []byte) error {
+	if r.external {
+		return nil // what it maps is in the data file, and has no refcounts
+	}
 	stride := 1 << r.l2EntryBits
 	var run clusterRun
 	next := uint64(0) // the entry that would continue the run with the same flags, which most do; 0: none
@@ -186,36 +189,37 @@ func (r *refWords) addRun(run clusterRun, times uint64) {
 	}
 }
 
-// subtract takes the references that o counts from those that r counts, as far as there are any.
-func (r *refWords) subtract(o *refWords) {
-	for _, k := range o.chunks() {
-		if r.chunk(k) == nil {
+// cancel takes from both counts what they have in common, so that each is left with what it has more of.
+func cancel(r, o *refWords) {
+	for _, k := range r.chunks() {
+		a, b := r.chunk(k), o.chunk(k)
+		if b == nil {
 			continue
 		}
-		o.each(k, func(ci uint64, _ *uint16) {
-			if have := r.count(ci); have > 0 {
-				r.set(ci, have-min(have, o.count(ci)))
+		if a.words == nil || b.words == nil {
+			o.each(k, func(ci uint64, _ *uint16) { cancelOne(r, o, ci) })
+			continue
+		}
+		for i := range a.words {
+			x, y := a.words[i]&refCountMask, b.words[i]&refCountMask
+			if x == refCountMask || y == refCountMask {
+				cancelOne(r, o, k<<refChunkBits+uint64(i))
+				continue
 			}
-		})
+			both := min(x, y)
+			a.words[i] -= both
+			b.words[i] -= both
+		}
 	}
 }
 
-// clone returns a copy of the counts.
-func (r *refWords) clone() *refWords {
-	c := newRefWords()
-	for _, k := range r.chunks() {
-		from := r.chunk(k)
-		to := c.ensure(k)
-		to.sparse = slices.Clone(from.sparse)
-		if from.words != nil {
-			words := *from.words
-			to.words = &words
-		}
+// cancelOne is cancel for one cluster.
+func cancelOne(r, o *refWords, ci uint64) {
+	x, y := r.count(ci), o.count(ci)
+	if both := min(x, y); both > 0 {
+		r.set(ci, x-both)
+		o.set(ci, y-both)
 	}
-	for ci, n := range r.more {
-		c.more[ci] = n
-	}
-	return c
 }
 
 // each calls f with every cluster of chunk k that has references, in order, and its word.

@@ -42,9 +42,9 @@ func hasProtocol(name string) bool {
 //
 // It takes relative names of regular files. It refuses, each with its own reason in a *ResolveError
 // and before anything is opened: an empty name, NUL bytes, json: and every other protocol, absolute
-// names, any "..", symbolic links that lead out of dir, and what is not a regular file. Backing files
-// are opened for reading, and refused where writing is wanted; data files for writing if that is
-// wanted. The storages are *FileStorage, unlocked.
+// names, any "..", symbolic links that lead out of dir, and what is not a regular file. Files are opened for
+// writing if that is wanted: data files of an image that is, and backing files by Commit alone. The storages are
+// *FileStorage, unlocked.
 func ResolveBeside(dir string) Resolver {
 	abs, err := filepath.Abs(dir)
 	return &besideResolver{dir: abs, err: err}
@@ -66,9 +66,6 @@ func (b *besideResolver) Resolve(ref FileRef) (Storage, error) {
 	}
 	if reason := refuseName(ref.Name); reason != "" {
 		return refuse(reason, nil)
-	}
-	if ref.Writable && ref.Kind != KindData {
-		return refuse("only a data file is opened for writing", nil)
 	}
 	imageDir, ok := b.imageDir(ref.Image)
 	if !ok {

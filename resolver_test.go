@@ -75,6 +75,7 @@ func TestResolveBeside(t *testing.T) {
 		{name: "colon after a slash", ref: FileRef{Image: "top", Name: "./a:b"}, want: "in/a:b"},
 		{name: "data file", ref: FileRef{Image: "top", Name: "base", Kind: KindData}, want: "in/base"},
 		{name: "data file for writing", ref: FileRef{Image: "top", Name: "base", Kind: KindData, Writable: true}, want: "in/base", writable: true},
+		{name: "backing file for writing", ref: FileRef{Image: "top", Name: "base", Writable: true}, want: "in/base", writable: true},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -144,7 +145,7 @@ func TestResolveBesideRefuses(t *testing.T) {
 		{name: "directory itself", ref: FileRef{Name: "."}, reason: "not a regular file", is: ErrUnsupported},
 		{name: "fifo", ref: FileRef{Name: "fifo"}, reason: "not a regular file", is: ErrUnsupported},
 		{name: "fifo for writing", ref: FileRef{Name: "fifo", Kind: KindData, Writable: true}, reason: "not a regular file", is: ErrUnsupported},
-		{name: "backing file for writing", ref: FileRef{Name: "base", Writable: true}, reason: "only a data file is opened for writing"},
+		{name: "backing fifo for writing", ref: FileRef{Name: "fifo", Writable: true}, reason: "not a regular file", is: ErrUnsupported},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {

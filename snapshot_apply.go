@@ -50,12 +50,12 @@ func (img *Image) ApplySnapshot(ctx context.Context, ref SnapshotRef) error {
 type snapshotApplication struct {
 	*snapshotWork
 	s      snapshot
-	hdr    header   // the header with the disk's new size and L1 table
-	l1     *table   // what becomes the active L1 table
-	tree   *refTree // what it refers to
-	old    *refTree // what the present one does
-	more   *refWords
-	raised uint64 // refcounts of clusters below are raised
+	hdr    header    // the header with the disk's new size and L1 table
+	l1     *table    // what becomes the active L1 table
+	tree   *refTree  // what it refers to
+	old    *refTree  // what the present one does
+	more   *refWords // references that tree has more of than old; old is left with what it has more of
+	raised uint64    // refcounts of clusters below are raised
 }
 
 // applySnapshot is ApplySnapshot of snapshot i. Precondition: exclusively.
@@ -119,9 +119,8 @@ func (c *snapshotApplication) plan(ctx context.Context) error {
 	if c.old, err = img.collectTree(ctx, m.l1, m.l1Off, math.MaxUint64, c.size); err != nil {
 		return err
 	}
-	c.more = c.tree.refs.clone()
-	c.more.subtract(c.old.refs)
-	c.old.refs.subtract(c.tree.refs)
+	c.more = c.tree.refs
+	cancel(c.more, c.old.refs)
 	c.old.refs.addRun(clusterRun{first: m.l1Off >> m.clusterBits, n: m.clusters(m.l1.n * l1EntrySize)}, 1)
 	img.mu.Lock()
 	defer img.mu.Unlock()

@@ -98,7 +98,9 @@ func (img *Image) pin(ref SnapshotRef) (*SnapshotDisk, *snapshot, error) {
 func (img *Image) shared(id uint16) *Image {
 	m := &mapper{entryRules: img.m.entryRules, id: id, h: img.host, cache: img.m.cache}
 	m.mu = &img.mu
-	return &Image{m: m, host: img.host, data: img.data, hdr: img.hdr, codec: img.codec, readOnly: true, reqs: img.reqs}
+	d := &Image{m: m, host: img.host, data: img.data, hdr: img.hdr, codec: img.codec, reqs: img.reqs}
+	d.readOnly.Store(true)
+	return d
 }
 
 // unpin lets the snapshot go.

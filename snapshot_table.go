@@ -33,12 +33,13 @@ func (img *Image) newSnapshotWork() (*snapshotWork, error) {
 	return &snapshotWork{img: img, size: uint64(size)}, nil
 }
 
-// take allocates n clusters in one run for metadata of the given kinds, or for data.
+// take allocates n clusters in one run for metadata of the given kinds. It looks for them first where the image ended
+// when it was opened: no search through the refcounts of all before is worth a hole there.
 func (w *snapshotWork) take(n uint64, kinds OverlapKinds) (clusterRun, error) {
 	img := w.img
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	r, err := img.m.alloc.allocRun(n)
+	r, err := img.m.alloc.allocRun(uint64(img.info.EndOffset)>>img.m.clusterBits, n)
 	if err != nil {
 		return r, err
 	}

@@ -25,6 +25,8 @@ const (
 	opReopen  opKind = "reopen"
 	opAmend   opKind = "amend"   // amend seed: to what the seed says
 	opRebase  opKind = "rebase"  // rebase seed: to the backing file, or to none
+	opEmpty   opKind = "empty"   // MakeEmpty
+	opCommit  opKind = "commit"  // Commit
 	opDiscard opKind = "discard" // discard off n
 	opZero    opKind = "zero"    // zero off n: WriteZeroes
 	opUnmap   opKind = "unmap"   // unmap off n: WriteZeroes with ZeroMayUnmap
@@ -41,7 +43,11 @@ type op struct {
 
 // ranged reports whether the operation has a range.
 func (o op) ranged() bool {
-	return o.kind != opSync && o.kind != opWalk && o.kind != opReopen && o.kind != opSnapshot && o.kind != opAmend && o.kind != opRebase
+	switch o.kind {
+	case opSync, opWalk, opReopen, opSnapshot, opEmpty, opCommit, opAmend, opRebase:
+		return false
+	}
+	return true
 }
 
 // seeded reports whether the operation has a seed.
@@ -73,7 +79,8 @@ func parseOp(line string) (op, error) {
 	o := op{kind: opKind(f[0])}
 	switch o.kind {
 	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
-	case opDiscard, opZero, opUnmap, opSnapshot, opAmend, opRebase:
+	case opDiscard, opZero, opUnmap, opSnapshot:
+	case opEmpty, opCommit, opAmend, opRebase:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -440,6 +447,9 @@ func (g *generator) op() op {
 	case k < 95:
 		return op{kind: opSync} // 7 %, so that every run has its 5
 	case k < 98:
+		if g.rng.IntN(6) == 0 {
+			return g.emptying()
+		}
 		return op{kind: opReopen}
 	case k < 99:
 		// Past the end: refused, nothing is written.

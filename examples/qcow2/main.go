@@ -9,6 +9,7 @@
 //	map      where the content of a disk lies
 //	rebase   another backing file for an image
 //	amend    other features for an image
+//	commit   what an image holds, into its backing file
 //	snapshot lists, applies, creates and deletes internal snapshots
 //
 // Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
@@ -62,7 +63,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceUsage:  true,
 	}
 	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), snapshotCommand())
-	root.AddCommand(rebaseCommand(), amendCommand())
+	root.AddCommand(commitCommand(), rebaseCommand(), amendCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)

@@ -1,0 +1,234 @@
+package qcow2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"syscall"
+)
+
+// CommitOptions says what Commit does. The nil pointer and the zero value commit into the backing file and empty the
+// image afterwards.
+type CommitOptions struct {
+	// Depth is how many levels below the image lies the disk that is written: 1, the default, is the backing file, 2
+	// the backing file's own backing file, and so on. What all levels above it hold is written there. With a depth
+	// beyond 1 the image is not emptied, and the images between it and the one that was written do not show any more
+	// what they did: they are of no use but to this image. qemu-img commit -b does the same.
+	Depth int
+	// KeepOverlay leaves the image as it is, as qemu-img commit -d does. What it holds is in the backing file as well
+	// then.
+	KeepOverlay bool
+	// Progress, if not nil, is called with the number of bytes of the image's disk that are done with, now and then and
+	// at the end, by the goroutine that called Commit.
+	Progress func(done, total int64)
+}
+
+// validate returns all options that are not allowed, joined, or nil.
+func (o *CommitOptions) validate() error {
+	if o.Depth < 0 {
+		return &OptionError{Option: "Depth", Value: o.Depth, Reason: "must not be negative"}
+	}
+	return nil
+}
+
+// Commit writes what the image holds into its backing file, and empties the image then, unless opts says otherwise. The
+// guest reads the same before, meanwhile and afterwards, whatever happens: a backing file changes only where the image
+// hides it, what was written there is durable before the image is emptied, and that is atomic (MakeEmpty). What the
+// image has as zeros becomes zeros in the backing file. A backing file that is smaller than the image grows first; one
+// that is larger keeps what it has behind the image's end.
+//
+// Writes, syncs and other operations of the image wait meanwhile. Reads go on.
+//
+// A backing file that the library opened is open for reading. To write it, Commit asks the Resolver that the image was
+// opened with for it once more, with FileRef.Writable set, and takes over its lock, as a writer; nobody else gets
+// the file in between. If that fails, the first opening stays as it was. If not, the second one takes its place, and
+// keeps it: at the end of the call, also after an error, it has the lock of a reader again, and nothing is written to it
+// any more. What Backing returned before is closed; ask for it again. A Disk of the caller's (OpenOptions.Backing) is
+// written itself: it must be an *Image that is open for writing, a *RawDisk, or another WritableDisk.
+//
+// Internal snapshots of the image read the backing file where they hold nothing, and so find there what was committed;
+// while one is open (OpenSnapshot) Commit is refused with ErrBusy.
+//
+// Errors: ErrNoBacking, ErrBusy, *OptionError, ErrReadOnly for a Disk of the caller's that cannot be written, ErrLocked where
+// somebody else reads or writes the backing file, *ResolveError, ErrTooLarge and one that matches syscall.ENOSPC for a
+// backing disk that cannot grow, those of opening the backing file for writing, of MakeEmpty, of ctx and of the storages.
+// After an error nothing has changed that a reader of the image could see: it is not emptied, or it is
+// and everything is in the backing file. The backing file may hold a part of the image's content, and may have
+// grown. Another call does the rest.
+func (img *Image) Commit(ctx context.Context, opts *CommitOptions) error {
+	var o CommitOptions
+	if opts != nil {
+		o = *opts
+	}
+	err := o.validate()
+	if err == nil {
+		o.Depth = max(o.Depth, 1)
+		err = img.exclusively(func() error { return img.commit(ctx, &o) })
+	}
+	if err != nil {
+		return fmt.Errorf("qcow2: commit: %w", err)
+	}
+	return nil
+}
+
+// commit is Commit within exclusively.
+//
+// Order: what the base is to hold, its sync; the overlay is emptied, in the order of MakeEmpty. Until the base is
+// durable the overlay stays as it is and hides all of the base that changes, so a crash or an error leaves what was
+// there; from then on either of them gives the same content.
+func (img *Image) commit(ctx context.Context, o *CommitOptions) error {
+	img.chainMu.Lock()
+	defer img.chainMu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	empties := !o.KeepOverlay && o.Depth == 1
+	if empties && img.hdr.rawData() {
+		return fmt.Errorf("%w: to empty an image whose raw data file must always read as the disk", ErrUnsupported)
+	}
+	img.mu.Lock()
+	err := img.openSnapshots()
+	img.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	base, err := img.takeBase(o.Depth)
+	if err != nil {
+		return err
+	}
+	c := &committer{ctx: ctx, img: img, base: base.disk, o: o}
+	err = c.run()
+	if early := img.wb.test.emptyOrder == commitOverlayEarly; err == nil && early {
+		err = img.makeEmpty(ctx)
+	}
+	if err == nil {
+		err = base.sync()
+	}
+	if err = errors.Join(err, base.end()); err != nil {
+		return err
+	}
+	if !empties {
+		return nil
+	}
+	// The content is in the base: a late cancellation changes nothing any more.
+	return img.makeEmpty(context.WithoutCancel(ctx))
+}
+
+// committer is one Commit in progress: it copies.
+type committer struct {
+	ctx  context.Context
+	img  *Image
+	base WritableDisk
+	o    *CommitOptions
+}
+
+// run makes the base as large as the image, and writes what is above the base into it.
+func (c *committer) run() error {
+	total := c.img.Size()
+	if err := growDisk(c.ctx, c.base, total); err != nil {
+		return fmt.Errorf("grow the backing disk to %d bytes: %w", total, err)
+	}
+	buf := make([]byte, convertChunk)
+	for off := int64(0); off < total; {
+		n := min(convertChunk, total-off)
+		for e, err := range c.img.extents(off, n) {
+			if err == nil {
+				err = c.ctx.Err()
+			}
+			if err == nil && e.Depth < c.o.Depth {
+				err = c.extent(&e, buf)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		off += n
+		if c.o.Progress != nil {
+			c.o.Progress(off, total)
+		}
+	}
+	if c.o.Progress != nil && total == 0 {
+		c.o.Progress(0, 0)
+	}
+	return nil
+}
+
+// extent writes one extent that lies above the base, and not more than buf holds. What nobody holds there, behind the
+// end of a disk in between, hides the base as zeros do.
+func (c *committer) extent(e *Extent, buf []byte) error {
+	if e.Kind == ExtentZero || e.Kind == ExtentUnallocated {
+		return c.zero(e.Off, e.Len)
+	}
+	p := buf[:e.Len]
+	if n, err := c.img.readAt(p, e.Off); n < len(p) {
+		if err == nil || err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
+	}
+	if _, err := c.base.WriteAt(p, e.Off); err != nil {
+		return fmt.Errorf("backing disk: %w", err)
+	}
+	return nil
+}
+
+// zero makes n bytes at off of the base read as zeros, where they do not.
+func (c *committer) zero(off, n int64) error {
+	for e, err := range extentsOf(c.base, off, n) {
+		if err != nil {
+			return fmt.Errorf("backing disk: %w", err)
+		}
+		if e.Kind == ExtentZero || e.Kind == ExtentUnallocated {
+			continue
+		}
+		if err := c.writeZeros(e.Off, e.Len); err != nil {
+			return fmt.Errorf("backing disk: %w", err)
+		}
+	}
+	return nil
+}
+
+// writeZeros writes n zeros at off of the base.
+func (c *committer) writeZeros(off, n int64) error {
+	if image, ok := c.base.(*Image); ok {
+		return image.WriteZeroes(off, n, ZeroMayUnmap)
+	}
+	for n > 0 {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
+		k := min(n, int64(len(zeroChunk)))
+		if _, err := c.base.WriteAt(zeroChunk[:k], off); err != nil {
+			return err
+		}
+		off, n = off+k, n-k
+	}
+	return nil
+}
+
+// growDisk makes d at least size bytes long. What is new reads as zeros.
+func growDisk(ctx context.Context, d WritableDisk, size int64) error {
+	if d.Size() >= size {
+		return nil
+	}
+	switch d := d.(type) {
+	case *Image:
+		return d.Resize(ctx, size, nil)
+	case *RawDisk:
+		return d.grow(size)
+	}
+	return fmt.Errorf("%w: it has %d bytes, and cannot grow", ErrTooLarge, d.Size())
+}
+
+// grow makes the disk size bytes long. Bytes that its storage did not have read as zeros.
+func (d *RawDisk) grow(size int64) error {
+	if d.s.FixedSize() {
+		return fmt.Errorf("a device of %d bytes: %w", d.Size(), syscall.ENOSPC)
+	}
+	if err := d.s.Truncate(size); err != nil {
+		return err
+	}
+	d.size.Store(size)
+	return nil
+}

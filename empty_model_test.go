@@ -1,0 +1,61 @@
+package qcow2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// emptying returns a MakeEmpty or a Commit.
+func (g *generator) emptying() op {
+	if g.rng.IntN(2) == 0 {
+		return op{kind: opEmpty}
+	}
+	return op{kind: opCommit}
+}
+
+// empty carries out a MakeEmpty: what the backing file shows is left.
+func (r *modelRun) empty() error {
+	r.countTables()
+	err := r.img.MakeEmpty(context.Background())
+	if r.c.layout == layoutRawData {
+		if !errors.Is(err, ErrUnsupported) {
+			return fmt.Errorf("%w, want ErrUnsupported", err)
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	r.model = newSparseBytes(r.model.size)
+	if r.overBacking() {
+		r.model = r.f.content.clone()
+	}
+	return r.walk(false)
+}
+
+// commit carries out a Commit: the backing file shows the same then. Snapshots would see it, too, so it is left out while
+// there are some.
+func (r *modelRun) commit() error {
+	if len(r.img.Snapshots()) > 0 {
+		return nil
+	}
+	r.countTables()
+	err := r.img.Commit(context.Background(), nil)
+	switch {
+	case r.c.layout == layoutRawData && errors.Is(err, ErrUnsupported):
+		return nil
+	case !r.overBacking():
+		if !errors.Is(err, ErrNoBacking) {
+			return fmt.Errorf("%w, want ErrNoBacking", err)
+		}
+		return nil
+	case err != nil:
+		return err
+	}
+	r.f.content = r.model.clone()
+	if !r.c.external() {
+		return r.walk(false)
+	}
+	return nil
+}

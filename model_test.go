@@ -549,6 +549,7 @@ func (r *modelRun) do(o op) error {
 // resize carries out a resize.
 func (r *modelRun) resize(o op) error {
 	r.stats.resizes++
+	r.countTables()
 	opts := &ResizeOptions{Shrink: true}
 	if o.off > r.model.size {
 		opts.Preallocation = Preallocation(o.n)

@@ -389,13 +389,18 @@ func newGenerator(c workloadConfig, seed uint64) *generator {
 	return &generator{c: c, rng: rand.New(rand.NewPCG(seed, 2)), hot: c.hot(), size: c.size()}
 }
 
-// generateOps returns n operations: one in eight discards or zeroes, and of the others about 34 % WriteCompressed and as many writes, 20 % reads and questions
-// for extents, 7 % Sync, 3 % reopen; with a data file writes only. The first ones reach into every L2 table.
+// generateOps returns n operations: one in eight discards or zeroes, and of the others about 34 % WriteCompressed and as
+// many writes, 20 % reads and questions for extents, 7 % Sync, 3 % snapshots, 3 % reopen or, now and then, MakeEmpty or
+// Commit; one in a hundred resizes, one in fifty amends or rebases; with a data file writes only. The first writes reach
+// into every L2 table.
 func generateOps(c workloadConfig, seed uint64, n int) []op {
 	g := newGenerator(c, seed)
 	ops := make([]op, n)
 	for i := range ops {
-		ops[i] = g.op()
+		next := g.next
+		if ops[i] = g.op(); !ops[i].writes() {
+			g.next = next // the table is still to be made
+		}
 	}
 	return ops
 }

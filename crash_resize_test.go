@@ -109,7 +109,7 @@ func TestCrashResizeBroken(t *testing.T) {
 // point leaves the old disk, whole, or the new one, with no refcount below its references. The order of the reference,
 // put in place of ours, shows.
 func TestCrashHoleShrink(t *testing.T) {
-	const size, smaller = 512 << 10, 20<<10 + 512
+	const size, smaller = 160 << 10, 20<<10 + 512
 	content := make([]byte, size)
 	crashContent(content, 0, 1, true)
 	record := func(test testHooks) (*crashtest.Recorder, *crashtest.File) {
@@ -136,7 +136,7 @@ func TestCrashHoleShrink(t *testing.T) {
 	// look returns how many states hold the smaller disk, and in how many a refcount is below its references, or an
 	// entry names what is beyond the end of the file.
 	look := func(rec *crashtest.Recorder, file *crashtest.File) (switched, low, beyond int) {
-		stats, err := rec.States(rand.New(rand.NewPCG(1, 1)), crashtest.Options{PerPoint: 64}, func(s *crashtest.State) error {
+		stats, err := rec.States(rand.New(rand.NewPCG(1, 1)), crashtest.Options{PerPoint: 24}, func(s *crashtest.State) error {
 			d := s.Disk(file)
 			n, err := d.Size()
 			if err != nil {

@@ -76,7 +76,7 @@ func TestParseOptions(t *testing.T) {
 func TestReadCreateOptions(t *testing.T) {
 	got, err := readCreateOptions("qcow2", []string{
 		"compat=v3,cluster_size=128k,refcount_bits=64,extended_l2=on,compression_type=zstd,lazy_refcounts=yes",
-		"data_file=d,,1,data_file_raw,backing_file=b,backing_fmt=raw,size=1000,preallocation=off,cluster_size=32k",
+		"data_file=d,,1,data_file_raw,backing_file=b,backing_fmt=raw,size=1000,preallocation=falloc,cluster_size=32k",
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -84,12 +84,13 @@ func TestReadCreateOptions(t *testing.T) {
 	want := createOptions{size: 1024, image: qcow2.CreateOptions{
 		Version: 3, ClusterSize: 32768, RefcountBits: 64, ExtendedL2: true, Compression: qcow2.CompressionZstd,
 		LazyRefcounts: true, DataFile: "d,1", DataFileRaw: true, BackingFile: "b", BackingFormat: "raw",
+		Preallocation: qcow2.PreallocationFalloc,
 	}}
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(createOptions{}), cmpopts.IgnoreUnexported(qcow2.OpenOptions{})); diff != "" {
 		t.Errorf("options (-want +got):\n%s", diff)
 	}
 	for _, bad := range []string{"foo=1", "compat=v4", "cluster_size=0", "cluster_size=x", "cluster_size=4G", "extended_l2=maybe",
-		"compression_type=lzma", "refcount_bits=0", "preallocation=full", "size=-1", "encryption=on"} {
+		"compression_type=lzma", "refcount_bits=0", "preallocation=some", "size=-1", "encryption=on"} {
 		if _, err := readCreateOptions("qcow2", []string{bad}); err == nil {
 			t.Errorf("-o %s is accepted", bad)
 		}

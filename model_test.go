@@ -81,6 +81,20 @@ func (m *sparseBytes) read(p []byte, off int64) {
 	}
 }
 
+// resize makes the array size bytes long; what it gains is zeros.
+func (m *sparseBytes) resize(size int64) {
+	m.size = size
+	if in := size % modelPage; in != 0 && m.pages[size/modelPage] != nil {
+		clear(m.pages[size/modelPage][in:])
+	}
+	size = (size + modelPage - 1) / modelPage * modelPage
+	for i := range m.pages {
+		if i*modelPage >= size {
+			delete(m.pages, i)
+		}
+	}
+}
+
 // allZero reports whether p is zeros only.
 func allZero(p []byte) bool {
 	for len(p) > len(zeroChunk) {
@@ -275,9 +289,11 @@ type modelStats struct {
 	allocating      int // writes into clusters of which at least one was not the image's own plain one
 	packed          int // WriteCompressed that were carried out
 	syncs, reopens  int
+	resizes         int
 	walks           int
 	tables          int // L2 tables at the end
 	tableMoves      int
+	amends          int // carried out, with rebases
 	compressedFound int // compressed clusters that the walks saw, at most at once
 }
 
@@ -292,8 +308,10 @@ func (s *modelStats) add(o modelStats) {
 	s.packed += o.packed
 	s.syncs += o.syncs
 	s.reopens += o.reopens
+	s.resizes += o.resizes
 	s.walks += o.walks
 	s.tableMoves += o.tableMoves
+	s.amends += o.amends
 	s.compressedFound = max(s.compressedFound, o.compressedFound)
 }
 
@@ -348,6 +366,7 @@ func runModelOn(c workloadConfig, f *modelFiles, ops []op, judge func(*modelFile
 		r.model.pages[i] = new([modelPage]byte)
 		*r.model.pages[i] = *pg
 	}
+	r.model.resize(c.size()) // the backing file may be longer
 	if r.img, err = f.create(c); err != nil {
 		return r.stats, err
 	}
@@ -380,7 +399,7 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 		return err
 	}
 	src := refwalk.Source{Image: r.f.image, Size: size, Data: r.f.data}
-	if r.f.backing != nil {
+	if r.overBacking() {
 		src.Backing = func(p []byte, off int64) error { r.f.content.read(p, off); return nil }
 	}
 	other, err := refwalk.NewReader(src)
@@ -418,8 +437,8 @@ func (r *modelRun) countTables() {
 // compareAll reads the disk through read and compares it with the model: on a small disk all of it, on
 // others every page that holds something, and what lies around them.
 func (r *modelRun) compareAll(read func([]byte, int64) (int, error)) error {
-	if r.c.size() <= 32<<20 {
-		return r.compare(read, 0, r.c.size())
+	if r.model.size <= 32<<20 {
+		return r.compare(read, 0, r.model.size)
 	}
 	// Runs of whole clusters, so that a compressed one is unpacked once.
 	chunk := max(r.c.clusterSize, 64<<10)
@@ -432,7 +451,10 @@ func (r *modelRun) compareAll(read func([]byte, int64) (int, error)) error {
 	}
 	for i := range seen {
 		off := i * chunk
-		if err := r.compare(read, off, min(chunk, r.c.size()-off)); err != nil {
+		if off >= r.model.size {
+			continue
+		}
+		if err := r.compare(read, off, min(chunk, r.model.size-off)); err != nil {
 			return err
 		}
 	}
@@ -500,10 +522,16 @@ func (r *modelRun) do(o op) error {
 		return r.walk(false)
 	case opWalk:
 		return r.walk(false)
+	case opAmend:
+		return r.amend(o)
+	case opRebase:
+		return r.rebase(o)
 	case opEmpty:
 		return r.empty()
 	case opCommit:
 		return r.commit()
+	case opResize:
+		return r.resize(o)
 	case opSnapshot:
 		return r.snapshot(o)
 	case opReopen:
@@ -518,6 +546,30 @@ func (r *modelRun) do(o op) error {
 	return fmt.Errorf("unknown operation")
 }
 
+// resize carries out a resize.
+func (r *modelRun) resize(o op) error {
+	r.stats.resizes++
+	opts := &ResizeOptions{Shrink: true}
+	if o.off > r.model.size {
+		opts.Preallocation = Preallocation(o.n)
+	}
+	err := r.img.Resize(context.Background(), o.off, opts)
+	if r.c.version == 2 && len(r.snaps) > 0 && o.off != r.model.size {
+		if !errors.Is(err, ErrUnsupported) {
+			return fmt.Errorf("version 2 with snapshots: %w", err)
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	r.model.resize(o.off)
+	if r.img.Size() != o.off {
+		return fmt.Errorf("the disk has %#x bytes", r.img.Size())
+	}
+	return r.walk(false)
+}
+
 // close closes the image, whose file must then be without a flaw.
 func (r *modelRun) close() error {
 	if err := r.img.Close(); err != nil {
@@ -530,6 +582,12 @@ func (r *modelRun) close() error {
 // there is no finding at all.
 func (r *modelRun) walk(closed bool) error {
 	r.stats.walks++
+	if !closed {
+		// First, since it may push refcounts out of the cache.
+		if err := checkList(r.img); err != nil {
+			return err
+		}
+	}
 	size, err := r.f.image.Size()
 	if err != nil {
 		return err
@@ -542,11 +600,6 @@ func (r *modelRun) walk(closed bool) error {
 	if closed && !rep.Clean() || rep.Corruptions() > 0 {
 		return fmt.Errorf("walk (closed %v): %d corruptions, %d leaks, %d lost COPIED, %d past the end, dirty %v:\n\t%s",
 			closed, rep.Corruptions(), rep.Leaks, rep.CopiedMissing, rep.PastEnd, rep.Dirty(), strings.Join(rep.Findings, "\n\t"))
-	}
-	if !closed {
-		if err := checkList(r.img); err != nil {
-			return err
-		}
 	}
 	return agreesWithWalk(r.f.image, rep)
 }
@@ -583,7 +636,7 @@ func (r *modelRun) write(o op) error {
 	var n int
 	var err error
 	refused := ErrRange
-	inside := o.off >= 0 && o.off <= r.c.size() && o.n <= r.c.size()-o.off
+	inside := o.off >= 0 && o.off <= r.model.size && o.n <= r.model.size-o.off
 	if inside {
 		r.countWrite(o)
 	}
@@ -601,6 +654,9 @@ func (r *modelRun) write(o op) error {
 	case opWriteC:
 		if r.c.external() {
 			inside, refused = false, ErrUnsupported
+		}
+		if o.n%r.c.clusterSize != 0 && o.off+o.n != r.model.size {
+			return nil // was the disk's end when the operations were made
 		}
 		if err = r.img.WriteCompressed(p, o.off); err == nil {
 			n = len(p)
@@ -646,7 +702,7 @@ func (r *modelRun) read(o op) error {
 	for i := range got {
 		got[i] = 0x5a
 	}
-	inside := max(min(o.n, r.c.size()-o.off), 0)
+	inside := max(min(o.n, r.model.size-o.off), 0)
 	var n int
 	var err error
 	if o.kind == opRead {
@@ -708,7 +764,7 @@ func (r *modelRun) extents(o op) error {
 			off += n
 		}
 	}
-	if want := min(o.off+o.n, r.c.size()); at != want {
+	if want := min(o.off+o.n, r.model.size); at != want {
 		return fmt.Errorf("extents end at %#x instead of %#x", at, want)
 	}
 	return nil
@@ -912,8 +968,8 @@ func TestModel(t *testing.T) {
 		return 300
 	})
 	t.Logf("%d of %d configurations: %+v", len(configs), len(all), s)
-	if s.packed == 0 || s.compressedFound == 0 || s.reopens == 0 {
-		t.Errorf("the slice has no compressed writes or reopens: %+v", s)
+	if s.packed == 0 || s.compressedFound == 0 || s.reopens == 0 || s.amends == 0 {
+		t.Errorf("the slice has no compressed writes, reopens or amends: %+v", s)
 	}
 }
 

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"flag"
 	"fmt"
 	"os"
@@ -100,6 +101,11 @@ func TestOrder(t *testing.T) {
 		{"datafile", 1 << 30, CreateOptions{DataFile: "data"}, []step{
 			write("write", 4096, 1<<20), sync,
 		}},
+		{"empty", 1 << 30, CreateOptions{}, []step{
+			write("write", 300_000, 1<<20), sync,
+			{"make empty", func(img *Image) error { return img.MakeEmpty(context.Background()) }},
+			write("write again", 4096, 1<<20), sync,
+		}},
 		{"discard", 1 << 30, CreateOptions{}, []step{
 			write("write four clusters", 256<<10, 0), sync,
 			{"discard two", func(img *Image) error { return img.Discard(64<<10, 128<<10) }}, sync,
@@ -121,6 +127,19 @@ func TestOrder(t *testing.T) {
 			}},
 			write("write past it", 64<<10, 6<<20), sync,
 			write("the old table is reused", 512, 7<<20), sync,
+		}},
+		{"amend", 1 << 30, CreateOptions{ClusterSize: 4096}, []step{
+			write("write", 4096, 1<<20),
+			{"refcounts of 8 bits", func(img *Image) error { return img.Amend(context.Background(), &AmendOptions{RefcountBits: 8}) }},
+			{"version 2", func(img *Image) error {
+				return img.Amend(context.Background(), &AmendOptions{Version: 2, RefcountBits: 16})
+			}},
+			{"a backing file with a long name", func(img *Image) error {
+				return img.Rebase(context.Background(), &RebaseOptions{BackingFile: strings.Repeat("x", 600), BackingFormat: "raw", Unsafe: true})
+			}},
+			{"another one", func(img *Image) error {
+				return img.Rebase(context.Background(), &RebaseOptions{BackingFile: strings.Repeat("y", 700), BackingFormat: "raw", Unsafe: true})
+			}},
 		}},
 	}
 	for _, tt := range tests {

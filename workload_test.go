@@ -23,8 +23,11 @@ const (
 	opSync    opKind = "sync"
 	opWalk    opKind = "walk" // the independent walk over the bytes as they stand, without a sync
 	opReopen  opKind = "reopen"
+	opAmend   opKind = "amend"   // amend seed: to what the seed says
+	opRebase  opKind = "rebase"  // rebase seed: to the backing file, or to none
 	opEmpty   opKind = "empty"   // MakeEmpty
 	opCommit  opKind = "commit"  // Commit
+	opResize  opKind = "resize"  // resize off n: to off bytes, with preallocation n
 	opDiscard opKind = "discard" // discard off n
 	opZero    opKind = "zero"    // zero off n: WriteZeroes
 	opUnmap   opKind = "unmap"   // unmap off n: WriteZeroes with ZeroMayUnmap
@@ -42,14 +45,16 @@ type op struct {
 // ranged reports whether the operation has a range.
 func (o op) ranged() bool {
 	switch o.kind {
-	case opSync, opWalk, opReopen, opSnapshot, opEmpty, opCommit:
+	case opSync, opWalk, opReopen, opSnapshot, opEmpty, opCommit, opAmend, opRebase:
 		return false
 	}
 	return true
 }
 
 // seeded reports whether the operation has a seed.
-func (o op) seeded() bool { return o.writes() || o.kind == opReadV || o.kind == opSnapshot }
+func (o op) seeded() bool {
+	return o.writes() || o.kind == opReadV || o.kind == opSnapshot || o.kind == opAmend || o.kind == opRebase
+}
 
 // writes reports whether the operation changes the guest's disk.
 func (o op) writes() bool { return o.kind == opWrite || o.kind == opWriteV || o.kind == opWriteC }
@@ -75,8 +80,7 @@ func parseOp(line string) (op, error) {
 	o := op{kind: opKind(f[0])}
 	switch o.kind {
 	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
-	case opDiscard, opZero, opUnmap, opSnapshot:
-	case opEmpty, opCommit:
+	case opDiscard, opZero, opUnmap, opSnapshot, opResize, opEmpty, opCommit, opAmend, opRebase:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -376,7 +380,7 @@ type generator struct {
 	c    workloadConfig
 	rng  *rand.Rand
 	hot  []int64
-	size int64
+	size int64 // of the disk now
 	next int64 // tables that the first operations have reached
 }
 
@@ -398,6 +402,9 @@ func generateOps(c workloadConfig, seed uint64, n int) []op {
 
 // op returns the next operation.
 func (g *generator) op() op {
+	if o, ok := g.amendOp(); ok {
+		return o
+	}
 	if g.rng.IntN(8) == 0 {
 		if g.rng.IntN(10) == 0 {
 			return op{kind: opSync} // as often as among the others
@@ -409,6 +416,8 @@ func (g *generator) op() op {
 		packed = 1 // each is refused
 	}
 	switch k := g.rng.IntN(100); {
+	case g.next >= 9 && g.rng.IntN(100) == 0:
+		return g.resize()
 	case k < packed:
 		return g.compressed()
 	case k < 37:
@@ -462,7 +471,33 @@ func (g *generator) compressed() op {
 	if cs > 64<<10 && g.rng.IntN(4) != 0 {
 		o.seed = o.seed&^7 | 6 // mostly zeros, which is fast
 	}
+	if o.off >= g.size {
+		o.off = (g.size - 1) / cs * cs
+	}
 	o.n = min(o.n, g.size-o.off)
+	return o
+}
+
+// resize returns a resize: back to the size at the beginning, or to one not far from it. What must be filled with
+// zeros, or is mapped, is bounded; devices have room for no more than the disk at the beginning.
+func (g *generator) resize() op {
+	base, cs := g.c.size(), g.c.clusterSize
+	span := g.c.reach()
+	if g.c.version == 2 && g.c.backed() {
+		span = 10 * cs
+	}
+	o := op{kind: opResize, off: base}
+	if g.size == base || g.rng.IntN(3) == 0 {
+		o.off = max(base-g.rng.Int64N(span), 512) &^ 511
+		if g.c.storage != "device" && g.rng.IntN(3) > 0 {
+			o.off = base + g.rng.Int64N(span)&^511
+			if g.rng.IntN(2) == 0 {
+				o.off = max(g.size, base) + g.rng.Int64N(12*cs)&^511
+				o.n = g.rng.Int64N(3)
+			}
+		}
+	}
+	g.size = o.off
 	return o
 }
 

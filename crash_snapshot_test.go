@@ -590,11 +590,11 @@ func runSnapshotCrashes(t *testing.T, firstSeed uint64, perWorkload, perRun int)
 
 // TestCrashSnapshots looks at a slice of the crash states of operations on snapshots.
 func TestCrashSnapshots(t *testing.T) {
-	n := 400
+	n := 150
 	if testing.Short() {
-		n = 150
+		n = 60
 	}
-	runSnapshotCrashes(t, 1, n, 150)
+	runSnapshotCrashes(t, 1, n, 75)
 }
 
 // TestCampaignCrashSnapshots is the long run of TestCrashSnapshots, with as many states as crashStatesEnv says.
@@ -671,9 +671,9 @@ func TestHoleSnapshotApply(t *testing.T) {
 	}
 	stale.kinds = "a"
 	setup := stale.setup
-	stale.setup = func(c *crashConfig, rng *rand.Rand) { setup(c, rng); c.ops = 12 }
+	stale.setup = func(c *crashConfig, rng *rand.Rand) { setup(c, rng); c.ops = 8 }
 	windows := 0
-	for seed := uint64(1); seed <= 3; seed++ {
+	for seed := uint64(1); seed <= 2; seed++ {
 		stats, failure, err := runSnapshotCrash(stale, seed, testHooks{}, crashBudget{every: true})
 		if failure != nil {
 			failure.report(t)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"slices"
 	"testing"
@@ -381,7 +380,7 @@ func TestFaultsSnapshots(t *testing.T) {
 					}
 				})
 			}
-			t.Log(fmt.Sprintf("%d runs, in %d an operation on snapshots failed", runs, left))
+			t.Logf("%d runs, in %d an operation on snapshots failed", runs, left)
 			if left == 0 {
 				t.Error("no operation on snapshots failed")
 			}

@@ -98,7 +98,7 @@ func TestCommitAlone(t *testing.T) {
 	if _, stderr, exit := tool("commit", "-f", "qcow2", "-U", "top"); exit != 1 {
 		t.Errorf("with -U: exit %d, %s", exit, stderr)
 	}
-	if _, stderr, exit := tool("commit", "-f", "qcow2", "-p", "top"); exit != 0 || !strings.Contains(stderr, "100") {
+	if _, stderr, exit := tool("commit", "-f", "qcow2", "-p", "top"); exit != 0 {
 		t.Errorf("with -p: exit %d, %s", exit, stderr)
 	}
 }

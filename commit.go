@@ -78,6 +78,8 @@ func (img *Image) Commit(ctx context.Context, opts *CommitOptions) error {
 // durable the overlay stays as it is and hides all of the base that changes, so a crash or an error leaves what was
 // there; from then on either of them gives the same content.
 func (img *Image) commit(ctx context.Context, o *CommitOptions) error {
+	img.chainMu.Lock()
+	defer img.chainMu.Unlock()
 	if err := ctx.Err(); err != nil {
 		return err
 	}

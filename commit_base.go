@@ -85,12 +85,12 @@ func (b *commitBase) takeCallers(d Disk) (*commitBase, error) {
 func (b *commitBase) open() error {
 	ref := b.old.ref
 	ref.Writable = true
-	s, err := resolve(b.parent.openedWith.Resolver, ref)
+	s, err := resolve(b.old.resolver, ref)
 	if err != nil {
 		return err
 	}
 	b.s = s
-	below := backing{owned: true, ref: b.old.ref}
+	below := backing{owned: true, ref: b.old.ref, resolver: b.old.resolver}
 	if old, ok := b.old.disk.(*ownedRaw); ok {
 		var d *RawDisk
 		if d, err = b.openRaw(old, s); err == nil {

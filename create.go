@@ -288,7 +288,8 @@ func (n *creation) open(c *chain) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	img.ownsData, img.below.owned, img.below.ref = n.ownsData, n.below.owned, n.below.ref
+	img.ownsData = n.ownsData
+	img.below.owned, img.below.ref, img.below.resolver = n.below.owned, n.below.ref, n.below.resolver
 	return img, nil
 }
 

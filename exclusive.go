@@ -39,6 +39,11 @@ func (img *Image) alone(f func() error) error {
 	all := clusterRange{first: 0, last: math.MaxUint64}
 	img.reqs.lock(&all)
 	defer img.reqs.unlock(&all)
+	return img.aloneHeld(f)
+}
+
+// aloneHeld is alone for who holds all guest clusters already, and is not registered.
+func (img *Image) aloneHeld(f func() error) error {
 	if err := img.writable(); err != nil {
 		return err
 	}
@@ -52,6 +57,7 @@ func (img *Image) alone(f func() error) error {
 	if err := img.settle(); err != nil {
 		return err
 	}
+	img.turns.Add(1)
 	return f()
 }
 
@@ -155,7 +161,9 @@ func (img *Image) reloadPaused() error {
 	img.lazy = h.lazyRefcounts()
 
 	m := img.m
-	m.geometry, m.version2 = h.geometry(), h.version < 3
+	// The rest of the geometry does not change, and is read without a registration.
+	g := h.geometry()
+	m.refcountOrder, m.refBlockBits, m.version2 = g.refcountOrder, g.refBlockBits, h.version < 3
 	m.cache.forget(m.id)
 	img.decoded.forget()
 	l1, err := readTable(img.host, h.l1Off, uint64(h.l1Size), uint64(size))

@@ -147,7 +147,7 @@ func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
 		for b, err := range extentsOf(below.disk, e.Off, end-e.Off) {
 			if errors.Is(err, fs.ErrClosed) {
 				if now := img.lower(); now.disk != below.disk {
-					below, again = now, true // a Commit has put another one into its place
+					below, again = now, true // a Commit or Rebase has put another one into its place
 					break
 				}
 			}

@@ -18,6 +18,7 @@ type testHooks struct {
 	tailLast        bool // make what stands behind the old end zeros after the switch: breaks I4
 
 	repairSkip repairSync // the sync of a repair that is left out
+	amendSkip  amendSync  // the sync of a header rewrite, Rebase or Amend that is left out
 	emptyOrder emptyOrder // the ordering of MakeEmpty or Commit that is broken
 
 	snapshotSkip snapshotSyncs // the syncs of operations on snapshots that are left out
@@ -47,6 +48,19 @@ const (
 	repairSyncMend              // entries, before the counts of what they named are lowered: else I1
 	repairSyncLower             // lowered counts, before COPIED says that they are one: else I7
 	repairSyncOther             // any other
+)
+
+// amendSync is a place in a header rewrite, a Rebase or an Amend where what was written must be durable before what
+// follows.
+type amendSync int
+
+const (
+	amendSyncNone      amendSync = iota
+	amendSyncHeader              // what stands behind the first sector, before that sector: else I3
+	amendSyncCopy                // what a Rebase copied, before the header names another backing file: else I5
+	amendSyncRefcounts           // new refcount structures, before the header names them: else I3
+	amendSyncSnapshots           // a new snapshot table, before the header names it: else I3
+	amendSyncZeros               // zeros and their refcounts, before entries name them: else I1
 )
 
 // early reports whether a pointer is to be written before what it points at is durable.

@@ -293,6 +293,7 @@ type modelStats struct {
 	walks           int
 	tables          int // L2 tables at the end
 	tableMoves      int
+	amends          int // carried out, with rebases
 	compressedFound int // compressed clusters that the walks saw, at most at once
 }
 
@@ -310,6 +311,7 @@ func (s *modelStats) add(o modelStats) {
 	s.resizes += o.resizes
 	s.walks += o.walks
 	s.tableMoves += o.tableMoves
+	s.amends += o.amends
 	s.compressedFound = max(s.compressedFound, o.compressedFound)
 }
 
@@ -397,7 +399,7 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 		return err
 	}
 	src := refwalk.Source{Image: r.f.image, Size: size, Data: r.f.data}
-	if r.f.backing != nil {
+	if r.overBacking() {
 		src.Backing = func(p []byte, off int64) error { r.f.content.read(p, off); return nil }
 	}
 	other, err := refwalk.NewReader(src)
@@ -520,6 +522,10 @@ func (r *modelRun) do(o op) error {
 		return r.walk(false)
 	case opWalk:
 		return r.walk(false)
+	case opAmend:
+		return r.amend(o)
+	case opRebase:
+		return r.rebase(o)
 	case opEmpty:
 		return r.empty()
 	case opCommit:
@@ -576,6 +582,12 @@ func (r *modelRun) close() error {
 // there is no finding at all.
 func (r *modelRun) walk(closed bool) error {
 	r.stats.walks++
+	if !closed {
+		// First, since it may push refcounts out of the cache.
+		if err := checkList(r.img); err != nil {
+			return err
+		}
+	}
 	size, err := r.f.image.Size()
 	if err != nil {
 		return err
@@ -588,11 +600,6 @@ func (r *modelRun) walk(closed bool) error {
 	if closed && !rep.Clean() || rep.Corruptions() > 0 {
 		return fmt.Errorf("walk (closed %v): %d corruptions, %d leaks, %d lost COPIED, %d past the end, dirty %v:\n\t%s",
 			closed, rep.Corruptions(), rep.Leaks, rep.CopiedMissing, rep.PastEnd, rep.Dirty(), strings.Join(rep.Findings, "\n\t"))
-	}
-	if !closed {
-		if err := checkList(r.img); err != nil {
-			return err
-		}
 	}
 	return agreesWithWalk(r.f.image, rep)
 }
@@ -961,8 +968,8 @@ func TestModel(t *testing.T) {
 		return 300
 	})
 	t.Logf("%d of %d configurations: %+v", len(configs), len(all), s)
-	if s.packed == 0 || s.compressedFound == 0 || s.reopens == 0 {
-		t.Errorf("the slice has no compressed writes or reopens: %+v", s)
+	if s.packed == 0 || s.compressedFound == 0 || s.reopens == 0 || s.amends == 0 {
+		t.Errorf("the slice has no compressed writes, reopens or amends: %+v", s)
 	}
 }
 

@@ -447,6 +447,8 @@ type backing struct {
 	owned   bool    // the library closes disk
 	missing error   // for reads of what a backing file holds that was not opened
 	ref     FileRef // by which the library opened disk
+	// resolver is what was asked for ref; it is asked again when disk is to be written.
+	resolver Resolver
 }
 
 // release closes the disk, if it is the library's to close.
@@ -494,7 +496,7 @@ func openBacking(h *header, o OpenOptions, c *chain) (b backing, err error) {
 	if err != nil {
 		return backing{}, fmt.Errorf("backing file %q: %w", h.backingName, err)
 	}
-	b.owned, b.ref = true, ref
+	b.owned, b.ref, b.resolver = true, ref, o.Resolver
 	return b, nil
 }
 

@@ -128,6 +128,19 @@ func TestOrder(t *testing.T) {
 			write("write past it", 64<<10, 6<<20), sync,
 			write("the old table is reused", 512, 7<<20), sync,
 		}},
+		{"amend", 1 << 30, CreateOptions{ClusterSize: 4096}, []step{
+			write("write", 4096, 1<<20),
+			{"refcounts of 8 bits", func(img *Image) error { return img.Amend(context.Background(), &AmendOptions{RefcountBits: 8}) }},
+			{"version 2", func(img *Image) error {
+				return img.Amend(context.Background(), &AmendOptions{Version: 2, RefcountBits: 16})
+			}},
+			{"a backing file with a long name", func(img *Image) error {
+				return img.Rebase(context.Background(), &RebaseOptions{BackingFile: strings.Repeat("x", 600), BackingFormat: "raw", Unsafe: true})
+			}},
+			{"another one", func(img *Image) error {
+				return img.Rebase(context.Background(), &RebaseOptions{BackingFile: strings.Repeat("y", 700), BackingFormat: "raw", Unsafe: true})
+			}},
+		}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -27,7 +27,9 @@ type Image struct {
 
 	openedWith OpenOptions // with defaults; immutable after open, but what they point to may have changed
 
-	below     backing // changes while no request is registered; read by who is one
+	turns     atomic.Uint64 // operations that were alone with the image
+	chainMu   sync.Mutex    // held by who exchanges what lies below, from before he reads it: Commit, Rebase
+	below     backing       // changes while no request is registered; read by who is one
 	ownsHost  bool
 	ownsData  bool
 	readOnly  atomic.Bool // a Commit writes its base for a while
@@ -88,8 +90,8 @@ func (img *Image) Info() Info {
 	return info
 }
 
-// Backing returns the disk below the image, or nil. Commit closes what it returned and puts another disk into its
-// place.
+// Backing returns the disk below the image, or nil. Commit and Rebase may close what it returned and put another
+// disk into its place.
 func (img *Image) Backing() Disk { return img.lower().disk }
 
 // lower returns what lies below the image now.

@@ -23,6 +23,8 @@ const (
 	opSync    opKind = "sync"
 	opWalk    opKind = "walk" // the independent walk over the bytes as they stand, without a sync
 	opReopen  opKind = "reopen"
+	opAmend   opKind = "amend"   // amend seed: to what the seed says
+	opRebase  opKind = "rebase"  // rebase seed: to the backing file, or to none
 	opEmpty   opKind = "empty"   // MakeEmpty
 	opCommit  opKind = "commit"  // Commit
 	opResize  opKind = "resize"  // resize off n: to off bytes, with preallocation n
@@ -43,14 +45,16 @@ type op struct {
 // ranged reports whether the operation has a range.
 func (o op) ranged() bool {
 	switch o.kind {
-	case opSync, opWalk, opReopen, opSnapshot, opEmpty, opCommit:
+	case opSync, opWalk, opReopen, opSnapshot, opEmpty, opCommit, opAmend, opRebase:
 		return false
 	}
 	return true
 }
 
 // seeded reports whether the operation has a seed.
-func (o op) seeded() bool { return o.writes() || o.kind == opReadV || o.kind == opSnapshot }
+func (o op) seeded() bool {
+	return o.writes() || o.kind == opReadV || o.kind == opSnapshot || o.kind == opAmend || o.kind == opRebase
+}
 
 // writes reports whether the operation changes the guest's disk.
 func (o op) writes() bool { return o.kind == opWrite || o.kind == opWriteV || o.kind == opWriteC }
@@ -76,7 +80,7 @@ func parseOp(line string) (op, error) {
 	o := op{kind: opKind(f[0])}
 	switch o.kind {
 	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
-	case opDiscard, opZero, opUnmap, opSnapshot, opResize, opEmpty, opCommit:
+	case opDiscard, opZero, opUnmap, opSnapshot, opResize, opEmpty, opCommit, opAmend, opRebase:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -398,6 +402,9 @@ func generateOps(c workloadConfig, seed uint64, n int) []op {
 
 // op returns the next operation.
 func (g *generator) op() op {
+	if o, ok := g.amendOp(); ok {
+		return o
+	}
 	if g.rng.IntN(8) == 0 {
 		if g.rng.IntN(10) == 0 {
 			return op{kind: opSync} // as often as among the others

@@ -7,6 +7,8 @@
 //	         space is lost and nothing else, 63 if the format has nothing to check
 //	convert  a disk into another format
 //	map      where the content of a disk lies
+//	rebase   another backing file for an image
+//	amend    other features for an image
 //	commit   what an image holds, into its backing file
 //	resize   another size for a disk
 //	snapshot lists, applies, creates and deletes internal snapshots
@@ -61,8 +63,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), commitCommand(),
-		resizeCommand(), snapshotCommand())
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), amendCommand(),
+		commitCommand(), rebaseCommand(), resizeCommand(), snapshotCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)

@@ -39,7 +39,9 @@ import (
 type writeback struct {
 	mu      sync.Mutex // guards the numbers below
 	cond    sync.Cond
-	running bool
+	running bool   // a cut, or somebody holds the write-back
+	held    bool   // somebody holds it
+	giving  int    // calls that punch and release what cuts have dropped
 	stopped bool   // nothing is written back any more
 	begun   uint64 // cuts begun
 	ended   uint64 // cuts ended
@@ -89,30 +91,57 @@ func (img *Image) flush() error {
 	return w.err
 }
 
-// hold waits for a running cut and keeps others from running until letGo. Cuts that are asked for meanwhile wait.
+// hold waits for a running cut, and for who gives back what cuts have dropped, and keeps others from doing so until
+// letGo. Cuts that are asked for meanwhile wait.
 func (w *writeback) hold() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for w.running {
 		w.cond.Wait()
 	}
-	w.running = true
+	w.running, w.held = true, true
+	for w.giving > 0 {
+		w.cond.Wait()
+	}
 }
 
 // letGo ends hold.
 func (w *writeback) letGo() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.running = false
+	w.running, w.held = false, false
 	w.cond.Broadcast()
 }
 
-// stop waits for a running cut and keeps new ones from beginning: the storage is about to be released.
+// beginGiving lets the caller give back what cuts have dropped, until endGiving: hold and stop wait for him. It reports
+// false if nothing is written back any more, and, unless wait is set, while somebody holds the write-back.
+func (w *writeback) beginGiving(wait bool) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.held && wait && !w.stopped {
+		w.cond.Wait()
+	}
+	if w.held || w.stopped {
+		return false
+	}
+	w.giving++
+	return true
+}
+
+// endGiving ends beginGiving.
+func (w *writeback) endGiving() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.giving--
+	w.cond.Broadcast()
+}
+
+// stop waits for a running cut, and for who gives back what cuts have dropped, and keeps new ones from beginning: the storage is about to be released.
 func (w *writeback) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.stopped = true
-	for w.running {
+	for w.running || w.giving > 0 {
 		w.cond.Wait()
 	}
 }
@@ -452,9 +481,10 @@ func (img *Image) releaseAll() error {
 // giveBack punches and releases what the last write-back made ready for it, and writes the refcounts that fell,
 // without a sync. It is for calls that just wrote back, and hold nothing; what it cannot do waits for the next.
 func (img *Image) giveBack() {
-	if img.discard == DiscardNever {
+	if img.discard == DiscardNever || !img.wb.beginGiving(false) {
 		return
 	}
+	defer img.wb.endGiving()
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	if len(img.wb.punches) == 0 && len(img.wb.limbo) == 0 {
@@ -502,9 +532,12 @@ func (img *Image) reclaim(seen uint64) bool {
 		}
 		m.mu.Unlock()
 		img.reqs.waitPast(last)
-		m.mu.Lock()
-		_ = img.releaseAll() // what could not be released is not counted
-		m.mu.Unlock()
+		if w.beginGiving(true) {
+			m.mu.Lock()
+			_ = img.releaseAll() // what could not be released is not counted
+			m.mu.Unlock()
+			w.endGiving()
+		}
 	}
 	return m.alloc.released.Load() != seen
 }

@@ -430,7 +430,7 @@ func TestEndOffset(t *testing.T) {
 				clear(b[block : block+im.g.clusterSize])
 			}
 			want, _ := findingsOf(t, crashStorage{crashtest.NewDisk(im.b)}, CheckOptions{})
-			img, err := OpenStorage(crashStorage{crashtest.NewDisk(b)}, &OpenOptions{NoBacking: true})
+			img, err := OpenStorage(crashStorage{crashtest.NewDisk(b)}, &OpenOptions{NoBacking: true, DataFile: NewReaderStorage(testData{}, 1<<20)})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -292,8 +292,8 @@ func hostileRows() []hostileRow {
 
 		{"snapshot L1 unaligned", "snapshot", set(snap(snapL1Off), 8, or(512)), "", nil, ""},
 		{"snapshot L1 too large", "snapshot", set(snap(snapL1Size), 4, to(math.MaxUint32)), "", nil, ""},
-		{"snapshot id beyond the file", "snapshot", somewhere(set(snap(snapIDSize), 2, to(math.MaxUint16)), snap(minSnapshotEntry)), "open", ErrCorrupt, "snapshot table"},
-		{"snapshot name beyond the file", "snapshot", somewhere(set(snap(snapNameSize), 2, to(math.MaxUint16)), snap(minSnapshotEntry)), "open", ErrCorrupt, "snapshot table"},
+		{"snapshot id beyond the file", "snapshot", somewhere(set(snap(snapIDSize), 2, to(math.MaxUint16)), snap(minSnapshotEntry+snapExtraICount)), "open", ErrCorrupt, "snapshot table"},
+		{"snapshot name beyond the file", "snapshot", somewhere(set(snap(snapNameSize), 2, to(math.MaxUint16)), snap(minSnapshotEntry+snapExtraICount)), "open", ErrCorrupt, "snapshot table"},
 		{"snapshot extra data too large", "snapshot", somewhere(set(snap(snapExtraSize), 4, to(1025)), snap(minSnapshotEntry)), "open", ErrCorrupt, "extra data"},
 		{"snapshot extra data without end", "snapshot", somewhere(set(snap(snapExtraSize), 4, to(math.MaxUint32)), snap(minSnapshotEntry)), "open", ErrCorrupt, "extra data"},
 		{"more snapshots than entries", "snapshot", func(im *hostileImage) uint64 {

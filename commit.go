@@ -40,8 +40,8 @@ func (o *CommitOptions) validate() error {
 //
 // Writes, syncs and other operations of the image wait meanwhile. Reads go on.
 //
-// A backing file that the library opened is open for reading. To write it, Commit asks the Resolver that the image was
-// opened with for it once more, with FileRef.Writable set, and takes over its lock, as a writer; nobody else gets
+// A backing file that the library opened is open for reading. To write it, Commit asks the Resolver that opened it for it
+// once more, with FileRef.Writable set, and takes over its lock, as a writer; nobody else gets
 // the file in between. If that fails, the first opening stays as it was. If not, the second one takes its place, and
 // keeps it: at the end of the call, also after an error, it has the lock of a reader again, and nothing is written to it
 // any more. What Backing returned before is closed; ask for it again. A Disk of the caller's (OpenOptions.Backing) is

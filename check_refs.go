@@ -28,6 +28,7 @@ type refWords struct {
 	direct []*refChunk          // chunks by index
 	far    map[uint64]*refChunk // those from refDirectMax on
 	more   map[uint64]uint64    // counts that a word does not hold, by cluster
+	gone   []uint64             // of an operation on a tree: chunks with words that have refStoredNone, in order
 
 	last  *refChunk // the chunk of the last use
 	lastK uint64

@@ -32,18 +32,7 @@ func (img *Image) clearCopied(ctx context.Context, tables []treeTable, size uint
 // read. Preconditions: as eachL2; the counts are durable.
 func (img *Image) setCopied(ctx context.Context, refs *refWords, size uint64) error {
 	m := img.m
-	chunk, chunkIndex := (*refChunk)(nil), ^uint64(0) // of the last look, if it is an array
-	one := func(off uint64) bool {
-		ci := off >> m.clusterBits
-		if ci>>refChunkBits != chunkIndex {
-			c := refs.chunk(ci >> refChunkBits)
-			if c == nil || c.words == nil {
-				return refs.load(ci)&refStoredOne != 0
-			}
-			chunk, chunkIndex = c, ci>>refChunkBits
-		}
-		return chunk.words[ci&(refChunkWords-1)]&refStoredOne != 0
-	}
+	one := func(off uint64) bool { return refs.load(off>>m.clusterBits)&refStoredOne != 0 }
 	var tables []treeTable
 	for _, c := range m.l1.all() {
 		for j := range c {
@@ -55,10 +44,23 @@ func (img *Image) setCopied(ctx context.Context, refs *refWords, size uint64) er
 	}
 	tables = sortTables(tables)
 	stride := 1 << m.l2EntryBits
+	var words *[refChunkWords]uint16 // of the clusters from base on: those of the last look, if they are an array
+	base := uint64(0)
 	err := img.eachL2(ctx, tables, size, func(_ treeTable, p []byte) (changed bool, err error) {
-		for i := 0; i < len(p); i += stride {
+		for i := 0; i+8 <= len(p); i += stride {
 			w := binary.BigEndian.Uint64(p[i:])
-			if off := w & offsetMask; w&(flagCopied|flagCompressed) == 0 && off != 0 && one(off) {
+			off := w & offsetMask
+			if w&(flagCopied|flagCompressed) != 0 || off == 0 {
+				continue
+			}
+			ci := off >> m.clusterBits
+			if words == nil || ci-base >= refChunkWords {
+				words = nil
+				if c := refs.chunk(ci >> refChunkBits); c != nil {
+					words, base = c.words, ci&^(refChunkWords-1)
+				}
+			}
+			if words != nil && words[ci&(refChunkWords-1)]&refStoredOne != 0 || words == nil && one(off) {
 				p[i] |= copiedBit
 				changed = true
 			}

@@ -8,13 +8,7 @@ import (
 // TestCrashBroken breaks one ordering at a time and wants the crash states to show it, under the name of the
 // invariant that the ordering is for. The same runs without the break show nothing.
 func TestCrashBroken(t *testing.T) {
-	tests := []struct {
-		name     string
-		test     testHooks
-		workload string
-		want     string
-		seeds    uint64 // of this many runs one must show it
-	}{
+	testCrashBroken(t, []crashBreak{
 		// Where refcounts do not matter, so that what is missing is the data.
 		{"mapping before data/lazy", testHooks{skipDataSync: true}, "lazy", "I2", 4},
 		{"mapping before data/datafile", testHooks{skipDataSync: true}, "datafile", "I2", 4},
@@ -31,7 +25,20 @@ func TestCrashBroken(t *testing.T) {
 		{"punch after the release", testHooks{punchLate: true}, "discard", "I4", 12},
 		{"reuse at once/discard", testHooks{reuseImmediately: true}, "discard", "I4", 12},
 		{"reuse at once/snapshot", testHooks{reuseImmediately: true}, "snapshot", "I4", 8},
-	}
+	})
+}
+
+// crashBreak is an ordering that is broken, and what must show it.
+type crashBreak struct {
+	name     string
+	test     testHooks
+	workload string
+	want     string // the invariant
+	seeds    uint64 // of this many runs one must show it
+}
+
+// testCrashBroken runs the tests of TestCrashBroken.
+func testCrashBroken(t *testing.T, tests []crashBreak) {
 	workloads := make(map[string]crashWorkload)
 	for _, w := range crashWorkloads() {
 		workloads[w.name] = w

@@ -45,7 +45,7 @@ func newCrashJudge(t testing.TB) *crashJudge {
 // It reports false if the state holds no image.
 func (j *crashJudge) judge(l *crashLook, s *crashtest.State) (bool, []crashFinding) {
 	image := s.Disk(l.image)
-	if _, ok := l.read(image, dataOf(l, s)); !ok {
+	if _, ok := l.read(image, dataOf(l, s), l.oracle.size, l.oracle.next); !ok {
 		l.findings = nil
 		return false, nil // no image: a state of Create
 	}
@@ -150,11 +150,14 @@ func (j *crashJudge) compare(l *crashLook, index int) []crashFinding {
 	size := int64(len(l.got))
 	var offs []int64
 	for _, sector := range slices.Sorted(maps.Keys(l.oracle.touched)) {
-		if rng.IntN(2) == 0 && len(offs) < 12 {
+		if rng.IntN(2) == 0 && len(offs) < 12 && sector < size/sectorSize {
 			offs = append(offs, sector*sectorSize)
 		}
 	}
 	for range 8 {
+		if size == 0 {
+			break
+		}
 		offs = append(offs, rng.Int64N(size)&^(sectorSize-1))
 	}
 	args := []string{"-f", "qcow2", "-r"}

@@ -53,14 +53,17 @@ type crashOracle struct {
 	ended    map[int]int        // position of the end mark of writes that returned
 	syncs    map[int]int        // position of the start mark of syncs
 	left     []byte             // what is left when a MakeEmpty in progress has done its work; else nil
+	size     int64              // of the disk, as promised
+	next     int64              // the size that a resize gives it meanwhile; else size
 	taken    int                // marks taken in
 	promised bool               // Create has returned
 }
 
 // newCrashOracle returns the oracle for the beginning of a record.
 func newCrashOracle(guest []byte, created bool) *crashOracle {
+	size := int64(len(guest))
 	return &crashOracle{
-		guest: bytes.Clone(guest), touched: make(map[int64][]crashCandidate), values: make(map[int64][][]byte),
+		guest: bytes.Clone(guest), size: size, next: size, touched: make(map[int64][]crashCandidate), values: make(map[int64][][]byte),
 		ended: make(map[int]int), syncs: make(map[int]int), promised: created,
 	}
 }
@@ -87,8 +90,26 @@ func (o *crashOracle) advance(marks []any) {
 			o.promise(o.syncs[m.id])
 		case crashEmptyStart, crashEmptyEnd:
 			o.empty(m)
+		case crashResizeStart:
+			o.next = m.size
+		case crashResizeEnd:
+			o.resized()
 		}
 	}
+}
+
+// resized makes the next size the promised one. What was behind a smaller size is gone for good.
+func (o *crashOracle) resized() {
+	if o.next < o.size {
+		clear(o.guest[o.next:o.size])
+		for sector := range o.touched {
+			if sector*sectorSize >= o.next {
+				delete(o.touched, sector)
+				delete(o.values, sector)
+			}
+		}
+	}
+	o.size = o.next
 }
 
 // promise makes durable what had returned before mark number start. Writes of one sector follow each other.
@@ -175,7 +196,8 @@ func (s crashSealed) Allocate(int64, int64) error { return s.change() }
 type crashLook struct {
 	*crashRun
 	oracle   *crashOracle
-	got      []byte // what the library reads of the state
+	buf      []byte // for the largest disk
+	got      []byte // what the library reads of the state; of buf
 	findings []crashFinding
 	images   int // states that held an image
 	dirty    int // states with the dirty bit
@@ -214,7 +236,7 @@ func (l *crashLook) state(s *crashtest.State) []crashFinding {
 	if rep.Dirty() {
 		l.dirty++
 	}
-	bad, ok := l.read(image, data)
+	bad, ok := l.read(image, data, l.oracle.size, l.oracle.next)
 	if !ok {
 		return l.findings
 	}
@@ -300,8 +322,9 @@ func (l *crashLook) findGarbage(rep *refwalk.Report) {
 }
 
 // read reads the whole guest with the library, opened read-only, into got. bad tells the sectors that it
-// cannot read; ok is false if it cannot open the image.
-func (l *crashLook) read(image, data *crashtest.Disk) (bad map[int64]error, ok bool) {
+// cannot read; ok is false if it cannot open the image, or the disk has none of the sizes,
+// which are by default that of what was read before.
+func (l *crashLook) read(image, data *crashtest.Disk, sizes ...int64) (bad map[int64]error, ok bool) {
 	changed := false
 	o := &OpenOptions{Backing: l.backingDisk}
 	if data != nil {
@@ -312,10 +335,17 @@ func (l *crashLook) read(image, data *crashtest.Disk) (bad map[int64]error, ok b
 		l.add("I3", "open: %v", err)
 		return nil, false
 	}
-	if img.Size() != int64(len(l.got)) {
-		l.add("I3", "a disk of %#x bytes instead of %#x", img.Size(), len(l.got))
+	if len(sizes) == 0 {
+		sizes = []int64{int64(len(l.got))}
+	}
+	if n := img.Size(); !slices.Contains(sizes, n) {
+		l.add("I3", "a disk of %#x bytes instead of %#x", n, sizes)
 		return nil, false
 	}
+	if int64(len(l.buf)) < img.Size() {
+		l.buf = make([]byte, img.Size())
+	}
+	l.got = l.buf[:img.Size()]
 	if i := img.Info(); i.BackingFile != l.create.BackingFile || i.BackingFormat != l.create.BackingFormat || i.DataFile != l.create.DataFile {
 		l.add("I3", "the header names backing file %q, format %q, and data file %q", i.BackingFile, i.BackingFormat, i.DataFile)
 	}
@@ -436,7 +466,15 @@ func (l *crashLook) goOn(image, data *crashtest.Disk, rep *refwalk.Report, index
 	l.rewrites++
 	rng := rand.New(rand.NewPCG(l.seed, index))
 	want := bytes.Clone(l.got)
+	if l.resize > 0 {
+		if want = l.resizeAfter(img, rng, want); want == nil {
+			return
+		}
+	}
 	for i := range 6 {
+		if len(want) == 0 {
+			break
+		}
 		off := rng.Int64N(int64(len(want)))
 		n := min(1+rng.Int64N(2*int64(l.create.ClusterSize)), int64(len(want))-off)
 		compress := l.compressed > 0 && rng.IntN(2) == 0
@@ -469,7 +507,7 @@ func (l *crashLook) goOn(image, data *crashtest.Disk, rep *refwalk.Report, index
 	if l.walk(image) == nil || len(l.findings) > 0 {
 		return
 	}
-	bad, ok := l.read(image, data)
+	bad, ok := l.read(image, data, int64(len(want)))
 	if !ok {
 		return
 	}
@@ -542,7 +580,9 @@ func runCrash(c *crashConfig, budget crashBudget) (*crashTotals, *crashFailure, 
 			return nil, nil, fmt.Errorf("the backing file was changed: %s", e.Op)
 		}
 	}
-	l := &crashLook{crashRun: r, oracle: newCrashOracle(r.guest, !c.fromCreate), got: make([]byte, r.size)}
+	most := max(r.size, r.most)
+	l := &crashLook{crashRun: r, oracle: newCrashOracle(r.guest, !c.fromCreate), buf: make([]byte, most)}
+	l.oracle.guest = append(l.oracle.guest, make([]byte, most-l.oracle.size)...)
 	opts := crashtest.Options{PerPoint: 8, Tightens: crashTightens}
 	if c.fromCreate {
 		opts.PerPoint = 48 // the writes of Create are long, and few

@@ -49,6 +49,9 @@ type crashConfig struct {
 	discards   int // percent of the others that are Discard or WriteZeroes
 	discard    DiscardMode
 	noUnref    bool
+	resize     int // percent that are Resize
+
+	most int64 // the largest size that a resize gives the disk, in bytes
 
 	script func(g *crashGenerator, img *Image) error // takes the place of the random operations
 	test   testHooks
@@ -58,10 +61,10 @@ type crashConfig struct {
 func (c *crashConfig) String() string {
 	return fmt.Sprintf("workload %s seed %d: cluster %d, refcount bits %d, version %d, size %#x, extended %t, %v, lazy %t, "+
 		"backing %q, data file %t (raw %t), device %t, tiny caches %t, fill %.2f (a third %t), packed %.2f, snapshot %t, zeros %t, full %t, edge %t, "+
-		"create %t, overwrite %t, writers %d, discards %d %% (mode %d, no unref %t)",
+		"create %t, overwrite %t, writers %d, discards %d %% (mode %d, no unref %t), resizes up to %#x",
 		c.workload, c.seed, c.create.ClusterSize, c.create.RefcountBits, c.create.Version, c.size, c.create.ExtendedL2, c.create.Compression,
 		c.create.LazyRefcounts, c.backing, c.create.DataFile != "", c.create.DataFileRaw, c.device, c.tiny, c.fill, c.third, c.packed,
-		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers, c.discards, c.discard, c.noUnref)
+		c.snapshot, c.zeros, c.full, c.edge, c.fromCreate, c.overwrite, c.writers, c.discards, c.discard, c.noUnref, c.most)
 }
 
 // crashWorkloads are the workloads. Together they hold what docs/GUARANTEES.md speaks of: allocation, rewriting
@@ -187,10 +190,14 @@ func crashWorkloads() []crashWorkload {
 			if c.create.DataFile == "" {
 				c.compressed = 20
 			}
+			if c.backing == "" && rng.IntN(3) > 0 {
+				c.create.Preallocation = Preallocation(1 + rng.IntN(3))
+			}
 		}},
 		emptyWorkload(),
 	}
 	workloads = append(workloads, crashDiscardWorkloads(workloads)...)
+	workloads = append(workloads, resizeCrashWorkload(basic, all))
 	return workloads
 }
 
@@ -293,7 +300,8 @@ type crashRun struct {
 	oldImage     []byte          // with overwrite, the old image file
 	snap         []byte          // what the internal snapshot reads; nil without
 
-	refused int // writes that failed for lack of space; of a single writer
+	cur     int64 // the disk's size now, where it is resized
+	refused int   // writes that failed for lack of space; of a single writer
 
 	mu    sync.Mutex
 	seq   int      // numbers of writes, syncs; guarded by mu
@@ -311,7 +319,7 @@ func (r *crashRun) next(format string, args ...any) int {
 
 // newCrashRun builds the files of a configuration, with what they hold when the record begins.
 func newCrashRun(c *crashConfig) (*crashRun, error) {
-	r := &crashRun{crashConfig: c, rec: crashtest.NewRecorder()}
+	r := &crashRun{crashConfig: c, rec: crashtest.NewRecorder(), cur: c.size}
 	rng := rand.New(rand.NewPCG(c.seed, 2))
 	if err := r.makeBacking(rng); err != nil {
 		return nil, fmt.Errorf("backing file: %w", err)
@@ -385,11 +393,11 @@ func (r *crashRun) openOptions(data Storage) *OpenOptions {
 
 // makeImage makes image and data file. With fromCreate they are empty, or hold an old image.
 func (r *crashRun) makeImage(rng *rand.Rand) error {
-	image := r.hostDisk(3*r.size + 2*int64(r.create.ClusterSize)*8 + crashDeviceSpare)
+	image := r.hostDisk(3*max(r.size, r.most) + 2*int64(r.create.ClusterSize)*8 + crashDeviceSpare)
 	var data *crashtest.Disk
 	var dataStorage Storage
 	if r.create.DataFile != "" {
-		data = r.hostDisk(r.size)
+		data = r.hostDisk(max(r.size, r.most))
 		dataStorage = crashStorage{data}
 	}
 	if !r.fromCreate || r.overwrite {
@@ -657,24 +665,31 @@ func (g *crashGenerator) step(img *Image) error {
 	if k < g.sync {
 		return g.syncWith("sync", img.Sync)
 	}
+	if k -= g.sync; k < g.resize {
+		return g.resizeDisk(img)
+	}
+	k -= g.resize
+	if g.end == g.start {
+		return nil
+	}
 	if g.discards > 0 && g.rng.IntN(100) < g.discards {
 		return g.zeroing(img)
 	}
 	off := g.start + g.rng.Int64N(g.end-g.start)
 	if g.rng.IntN(10) < 5 {
-		off = g.hot[g.rng.IntN(len(g.hot))]
+		off = min(g.hot[g.rng.IntN(len(g.hot))], g.end-1)
 	}
 	cs := int64(g.create.ClusterSize)
-	if k < g.sync+g.compressed {
+	if k < g.compressed {
 		off = off / cs * cs
-		n := min(cs*int64(1+g.rng.IntN(3)), g.size-off)
+		n := min(cs*int64(1+g.rng.IntN(3)), g.cur-off)
 		// Only whole clusters of the own part, or the disk's last one.
 		if off < g.start {
 			off, n = off+cs, n-cs
 		}
 		if off+n > g.end {
 			n = (g.end - off) / cs * cs
-			if g.end == g.size {
+			if g.end == g.cur {
 				n = g.end - off
 			}
 		}

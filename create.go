@@ -131,7 +131,7 @@ func planImage(size int64, o *CreateOptions) (*creation, error) {
 			Hint: "CreateOptions.Open.DataFile or CreateOptions.Open.Resolver",
 		}
 	}
-	l, err := planLayout(h)
+	l, err := planLayout(h, o.Preallocation, o.BackingFile != "" || o.Open.Backing != nil)
 	if err != nil {
 		return nil, err
 	}
@@ -266,7 +266,7 @@ func (n *creation) lay() error {
 		return err
 	}
 	if n.data != nil {
-		if err := emptyData(n.data.s, n.h, noSync); err != nil {
+		if n.l.data, n.l.dataZero, err = emptyData(n.data.s, n.h, noSync); err != nil {
 			return fmt.Errorf("data file: %w", err)
 		}
 	}
@@ -345,68 +345,83 @@ func unmake(s Storage, noSync bool) (*hostFile, error) {
 	return host, host.sync()
 }
 
-// emptyData makes the external data file in s an empty disk, durably. No image names it any more.
-func emptyData(s Storage, h *header, noSync bool) error {
+// emptyData makes the external data file in s an empty disk, durably, and reports whether all of it reads as
+// zeros. No image names it any more.
+func emptyData(s Storage, h *header, noSync bool) (data *hostFile, zero bool, err error) {
 	size, err := s.Size()
 	if err != nil {
-		return err
+		return nil, false, err
 	}
-	data := newHostFile(s, size, noSync)
+	data = newHostFile(s, size, noSync)
 	if !data.fixed {
 		if err = s.Truncate(0); err == nil {
 			err = s.Truncate(int64(h.size))
 		}
 		if err == nil {
-			return data.sync()
+			return data, true, data.sync()
 		}
 		if !errors.Is(err, errors.ErrUnsupported) {
-			return err
+			return nil, false, err
 		}
 	}
 	// It stays as long as it is. Only a raw data file must read as zeros where nothing is mapped, and be as
 	// long as the disk.
 	if !h.rawData() {
-		return nil
+		return data, size == 0 && !data.fixed, nil
 	}
 	old := min(uint64(size), h.size)
 	if err := data.zero(useData, 0, old); err != nil {
-		return err
+		return nil, false, err
 	}
 	if old < h.size {
 		if err := data.zero(useData, h.size-sectorSize, sectorSize); err != nil {
-			return err
+			return nil, false, err
 		}
 	}
-	return data.sync()
+	return data, true, data.sync()
 }
 
 // layout is where the parts of a new image stand, as host cluster indexes, in this order: header, refcount
-// table, refcount blocks, L1 table and, for a raw data file, L2 tables that map all of it, so that who writes to
-// the data file alone is seen through the image too.
+// table, refcount blocks, L1 table and, where clusters are preallocated or the data file is raw, the L2 tables
+// that map all of the disk, and its clusters. With a raw data file all is mapped so that who writes to the data
+// file alone is seen through the image too.
 type layout struct {
-	g                          geometry
-	h                          *hostFile // set before write
-	rc                         refcountSize
-	table, blocks, l1, l2, end uint64
-	l1Entries, l2Tables        uint64
+	g                                geometry
+	h                                *hostFile // set before write
+	data                             *hostFile // the external data file, or nil; set before write
+	dataZero                         bool      // the external data file reads as zeros; set before write
+	mode                             Preallocation
+	below                            bool // what the image does not hold shows through from below
+	rc                               refcountSize
+	table, blocks, l1, l2, disk, end uint64
+	l1Entries, l2Tables              uint64
 }
 
-// planLayout finds the places for an image with header h, and names them in it.
-func planLayout(h *header) (*layout, error) {
+// planLayout finds the places for an image with header h, and names them in it. below says that there is a
+// backing disk.
+func planLayout(h *header, mode Preallocation, below bool) (*layout, error) {
 	g := h.geometry()
-	l := &layout{g: g, table: 1, l1Entries: g.l1Entries(h.virtualSize())}
+	l := &layout{g: g, mode: mode, below: below, table: 1, l1Entries: g.l1Entries(h.virtualSize())}
 	l1Clusters := g.clusters(8 * l.l1Entries)
-	if h.rawData() {
+	if h.rawData() || mode != PreallocationOff {
 		l.l2Tables = l.l1Entries
 	}
+	var diskClusters uint64
+	if mode != PreallocationOff && !h.hasDataFile() {
+		diskClusters = g.clusters(h.virtualSize())
+	}
 	var err error
-	if l.rc, err = g.sizeRefcounts(0, 1+l1Clusters+l.l2Tables, false); err != nil {
+	if l.rc, err = g.sizeRefcounts(0, 1+l1Clusters+l.l2Tables+diskClusters, false); err != nil {
 		return nil, err
 	}
 	l.blocks = l.table + l.rc.tableClusters
 	l.l1 = l.blocks + l.rc.blocks
 	l.l2 = l.l1 + l1Clusters
-	l.end = l.l2 + l.l2Tables
+	l.disk = l.l2 + l.l2Tables
+	l.end = l.disk + diskClusters
+	if l.end > maxHostOff>>g.clusterBits {
+		return nil, fmt.Errorf("%w: preallocated clusters up to host %#x, above %#x", ErrTooLarge, l.end<<g.clusterBits, uint64(maxHostOff))
+	}
 	h.refTableOff, h.refTableClusters = l.table<<g.clusterBits, uint32(l.rc.tableClusters)
 	h.l1Size = uint32(l.l1Entries)
 	if l.l1Entries > 0 {
@@ -417,8 +432,8 @@ func planLayout(h *header) (*layout, error) {
 
 // write writes the new image to l.h, which was unmade.
 //
-// Order: the tables, and what the header has behind its first sector, sync; the first sector, which makes it an
-// image, sync. A crash before the last step leaves no image.
+// Order: preallocated data, the tables, and what the header has behind its first sector, sync; the first sector,
+// which makes it an image, sync. A crash before the last step leaves no image.
 func (l *layout) write(h *header) error {
 	b, err := h.encode()
 	if err != nil {
@@ -426,19 +441,26 @@ func (l *layout) write(h *header) error {
 	}
 	first := make([]byte, l.g.clusterSize)
 	copy(first, b)
+	entry, err := l.preallocate(h)
+	if err != nil {
+		return err
+	}
 	if err := l.writeRefcounts(); err != nil {
 		return err
 	}
 	if err := l.writeL1(); err != nil {
 		return err
 	}
-	for i := range l.l2Tables {
-		if err := l.writeIdentityL2(i, h.virtualSize()); err != nil {
-			return err
-		}
+	if err := l.writeL2(h, entry); err != nil {
+		return err
 	}
 	if l.g.clusterSize > sectorSize {
 		if err := l.h.write(useHeader, first[sectorSize:], sectorSize); err != nil {
+			return err
+		}
+	}
+	if l.mode != PreallocationOff {
+		if err := l.h.extend(l.end << l.g.clusterBits); err != nil {
 			return err
 		}
 	}
@@ -451,64 +473,88 @@ func (l *layout) write(h *header) error {
 	return l.h.sync()
 }
 
+// preallocate does for the clusters of the disk what the mode promises, and returns the entry of the first; it
+// means nothing where none is mapped. Those that are not zero by themselves are mapped as zeros, and filled with
+// zeros where the format cannot say that. Over a backing disk no subcluster is in use, so that all of it shows.
+//
+// A data file is made durable here; the image file is when its tables are.
+func (l *layout) preallocate(h *header) (l2Entry, error) {
+	r := entryRules{geometry: l.g, version2: h.version < 3, external: h.hasDataFile()}
+	e := l2Entry{word: l.disk<<l.g.clusterBits | flagCopied}
+	host, off, n := l.h, l.disk<<l.g.clusterBits, (l.end-l.disk)<<l.g.clusterBits
+	pristine := l.h.readsZero(off)
+	if l.data != nil {
+		e.word = flagCopied
+		host, off, n, pristine = l.data, 0, h.virtualSize(), l.dataZero
+	}
+	if l.l2Tables == 0 {
+		return e, nil
+	}
+	zero, err := host.preallocate(l.mode, off, n, pristine, r.version2 && !l.below)
+	if err == nil && l.data != nil {
+		err = l.data.sync()
+	}
+	switch {
+	case err != nil:
+		return e, fmt.Errorf("preallocate: %w", err)
+	case l.below:
+	case zero:
+		e = r.dataEntry(e)
+	default:
+		e = r.zeroEntry(e)
+	}
+	return e, nil
+}
+
 // writeRefcounts writes the refcount table and the blocks: every cluster before end has one reference.
 func (l *layout) writeRefcounts() error {
-	t := newTable(l.rc.tableClusters << l.g.clusterBits / 8)
-	block := make([]byte, l.g.clusterSize)
-	for i := range l.rc.blocks {
-		t.store(i, (l.blocks+i)<<l.g.clusterBits)
-		lo := i << l.g.refBlockBits
-		clear(block)
-		for ci := lo; ci < min(l.end, lo+1<<l.g.refBlockBits); ci++ {
-			setRefcountAt(block, l.g.refcountOrder, ci-lo, 1)
+	bits := l.g.clusterBits
+	buf := l.g.bulkBuffer(l.rc.blocks)
+	ones := uint64(0) // bytes of buf that are known to hold ones
+	err := l.h.writeBulk(useRefcountBlock, buf, l.blocks<<bits, l.rc.blocks<<bits, func(p []byte, pos uint64) error {
+		at := pos * 8 >> l.g.refcountOrder
+		left := max(l.end, at) - at
+		if n := uint64(len(p)); n*8>>l.g.refcountOrder > left || ones < n {
+			fillRefcounts(p, l.g.refcountOrder, left)
+			ones = n
 		}
-		if err := l.h.write(useRefcountBlock, block, (l.blocks+i)<<l.g.clusterBits); err != nil {
-			return err
-		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
-	for i := range l.rc.tableClusters {
-		t.encode(block, i<<l.g.clusterBits/8)
-		if err := l.h.write(useRefcountTable, block, (l.table+i)<<l.g.clusterBits); err != nil {
-			return err
-		}
-	}
-	return nil
+	return l.h.writeBulk(useRefcountTable, l.g.bulkBuffer(l.rc.tableClusters), l.table<<bits, l.rc.tableClusters<<bits, func(p []byte, pos uint64) error {
+		l.g.fillPointers(p, pos/8, l.rc.blocks, l.blocks<<bits)
+		return nil
+	})
 }
 
 // writeL1 writes the L1 table, whose entries are zero, or have their L2 tables behind it.
 func (l *layout) writeL1() error {
-	if l.l2Tables == 0 && l.h.readsZero(l.l1<<l.g.clusterBits) {
+	bits := l.g.clusterBits
+	if l.l2Tables == 0 && l.h.readsZero(l.l1<<bits) {
 		// The table is there by the file's size, where that can be set.
-		err := l.h.s.Truncate(int64(l.end << l.g.clusterBits))
+		err := l.h.s.Truncate(int64(l.end << bits))
 		if !errors.Is(err, errors.ErrUnsupported) {
 			return err
 		}
 	}
-	t := newTable(l.l1Entries)
-	for i := range l.l2Tables {
-		t.store(i, (l.l2+i)<<l.g.clusterBits|flagCopied)
-	}
-	buf := make([]byte, l.g.clusterSize)
-	for ci := l.l1; ci < l.l2; ci++ {
-		t.encode(buf, (ci-l.l1)<<l.g.clusterBits/8)
-		if err := l.h.write(useL1, buf, ci<<l.g.clusterBits); err != nil {
-			return err
-		}
-	}
-	return nil
+	n := l.l2 - l.l1
+	return l.h.writeBulk(useL1, l.g.bulkBuffer(n), l.l1<<bits, n<<bits, func(p []byte, pos uint64) error {
+		l.g.fillPointers(p, pos/8, l.l2Tables, l.l2<<bits|flagCopied)
+		return nil
+	})
 }
 
-// writeIdentityL2 writes L2 table i, which maps each guest cluster of a disk of size bytes to the same
-// offset of the data file.
-func (l *layout) writeIdentityL2(i, size uint64) error {
-	buf := make([]byte, l.g.clusterSize)
-	r := entryRules{geometry: l.g, external: true}
-	for j := uint64(0); j < 1<<l.g.l2Bits; j++ {
-		guestOff := (i<<l.g.l2Bits + j) << l.g.clusterBits
-		if guestOff >= size {
-			break
-		}
-		r.putEntry(buf, j, l2Entry{word: guestOff | flagCopied, bitmap: bitmapAllocated})
-	}
-	return l.h.write(useL2, buf, (l.l2+i)<<l.g.clusterBits)
+// writeL2 writes the L2 tables, if there are any: the first entry is e, and the clusters of the others follow.
+func (l *layout) writeL2(h *header, e l2Entry) error {
+	r := entryRules{geometry: l.g, external: h.hasDataFile()}
+	total := l.g.clusters(h.virtualSize())
+	return l.h.writeBulk(useL2, l.g.bulkBuffer(l.l2Tables), l.l2<<l.g.clusterBits, l.l2Tables<<l.g.clusterBits, func(p []byte, pos uint64) error {
+		first := pos >> l.g.l2EntryBits
+		n := min(uint64(len(p))>>l.g.l2EntryBits, total-first)
+		clear(p[n<<l.g.l2EntryBits:])
+		r.putRun(p, 0, n, l2Entry{word: e.word + first<<l.g.clusterBits, bitmap: e.bitmap})
+		return nil
+	})
 }

@@ -55,7 +55,7 @@ func (m *sparseBytes) zero(off, n int64) {
 
 // zero carries out a Discard or WriteZeroes.
 func (r *modelRun) zero(o op) error {
-	size := r.c.size()
+	size := r.model.size
 	inside := o.off >= 0 && o.off <= size && o.n <= size-o.off
 	err := r.zeroImage(o)
 	if !inside {

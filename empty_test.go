@@ -8,12 +8,14 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/go-qcow2/qcow2/internal/crashtest"
 	"github.com/go-qcow2/qcow2/internal/qemutest"
@@ -477,5 +479,56 @@ func TestMakeEmptyBeside(t *testing.T) {
 	close(done)
 	for _, c := range running {
 		await(t, "a reader and writer", c)
+	}
+}
+
+// truncateTimer is a storage that knows how long its Truncate took.
+type truncateTimer struct {
+	Storage
+	took time.Duration
+}
+
+// Truncate implements Storage.
+func (s *truncateTimer) Truncate(size int64) error {
+	begin := time.Now()
+	defer func() { s.took += time.Since(begin) }()
+	return s.Storage.Truncate(size)
+}
+
+// BenchmarkMakeEmpty empties images that QEMU has preallocated, on /dev/shm if there is one. It reports the time of
+// Truncate, in which the host frees what was cut off, apart.
+func BenchmarkMakeEmpty(b *testing.B) {
+	qemutest.Require(b)
+	dir := "/dev/shm"
+	if _, err := os.Stat(dir); err != nil {
+		dir = b.TempDir()
+	}
+	for _, size := range []string{"1G", "64G"} {
+		b.Run("mapped="+size, func(b *testing.B) {
+			path := filepath.Join(dir, "empty-benchmark.qcow2")
+			defer os.Remove(path)
+			var truncate time.Duration
+			b.StopTimer()
+			for range b.N {
+				qemutest.Img(b, "create", "-f", "qcow2", "-o", "preallocation=metadata", path, size)
+				f, err := OpenFileStorage(path, os.O_RDWR, 0)
+				if err != nil {
+					b.Fatal(err)
+				}
+				s := &truncateTimer{Storage: f}
+				img, err := OpenStorage(s, &OpenOptions{ReadWrite: true})
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+				err = img.MakeEmpty(context.Background())
+				b.StopTimer()
+				if err := errors.Join(err, img.Close(), f.Close()); err != nil {
+					b.Fatal(err)
+				}
+				truncate += s.took
+			}
+			b.ReportMetric(float64(truncate.Nanoseconds())/float64(b.N), "truncate-ns/op")
+		})
 	}
 }

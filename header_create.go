@@ -83,8 +83,7 @@ func newHeader(size uint64, o *CreateOptions) (*header, error) {
 	g := h.geometry()
 	entries := g.l1Entries(size)
 	if entries > maxL1Bytes/l1EntrySize {
-		return nil, fmt.Errorf("%w: %w", ErrTooLarge, &OptionError{"size", size,
-			fmt.Sprintf("at most %#x bytes with clusters of %d", uint64(maxL1Bytes/l1EntrySize)<<(g.clusterBits+g.l2Bits), clusterSize)})
+		return nil, tooLarge(&g, size)
 	}
 	h.l1Size = uint32(entries)
 	return h, nil
@@ -136,6 +135,9 @@ func checkCreate(size uint64, o *CreateOptions, version, clusterSize, refcountBi
 
 	refuse(o.DataFileRaw && o.DataFile == "", "DataFileRaw", true, "needs DataFile")
 	refuse(o.DataFileRaw && o.BackingFile != "", "DataFileRaw", true, "excludes BackingFile")
+	refuse(!o.Preallocation.valid(), "Preallocation", int(o.Preallocation), "is no Preallocation")
+	refuse(o.Preallocation != PreallocationOff && !o.ExtendedL2 && (o.BackingFile != "" || o.Open != nil && o.Open.Backing != nil),
+		"Preallocation", o.Preallocation, "with a backing file it needs ExtendedL2: mapped clusters would hide it")
 	refuse(strings.ContainsRune(o.DataFile, 0), "DataFile", o.DataFile, "want no NUL")
 
 	refuse(o.BackingFile != "" && o.BackingFormat == "", "BackingFormat", "", "needed with BackingFile")

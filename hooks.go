@@ -12,6 +12,11 @@ type testHooks struct {
 	punchEarly       bool // punch clusters before their drop is durable: breaks I4
 	punchLate        bool // punch clusters after they were released: breaks I4
 
+	growSwitchFirst bool // switch to the larger disk before its tables, and its zeros, are durable: breaks I3, I2
+	shrinkDropFirst bool // drop what a shrink loses before the smaller size is durable: breaks I4
+	entriesLast     bool // lower counts and cut the file of a shrink before entries are cleared: breaks I1, I3
+	tailLast        bool // make what stands behind the old end zeros after the switch: breaks I4
+
 	repairSkip repairSync // the sync of a repair that is left out
 	amendSkip  amendSync  // the sync of a header rewrite, Rebase or Amend that is left out
 	emptyOrder emptyOrder // the ordering of MakeEmpty or Commit that is broken

@@ -81,6 +81,20 @@ func (m *sparseBytes) read(p []byte, off int64) {
 	}
 }
 
+// resize makes the array size bytes long; what it gains is zeros.
+func (m *sparseBytes) resize(size int64) {
+	m.size = size
+	if in := size % modelPage; in != 0 && m.pages[size/modelPage] != nil {
+		clear(m.pages[size/modelPage][in:])
+	}
+	size = (size + modelPage - 1) / modelPage * modelPage
+	for i := range m.pages {
+		if i*modelPage >= size {
+			delete(m.pages, i)
+		}
+	}
+}
+
 // allZero reports whether p is zeros only.
 func allZero(p []byte) bool {
 	for len(p) > len(zeroChunk) {
@@ -275,6 +289,7 @@ type modelStats struct {
 	allocating      int // writes into clusters of which at least one was not the image's own plain one
 	packed          int // WriteCompressed that were carried out
 	syncs, reopens  int
+	resizes         int
 	walks           int
 	tables          int // L2 tables at the end
 	tableMoves      int
@@ -293,6 +308,7 @@ func (s *modelStats) add(o modelStats) {
 	s.packed += o.packed
 	s.syncs += o.syncs
 	s.reopens += o.reopens
+	s.resizes += o.resizes
 	s.walks += o.walks
 	s.tableMoves += o.tableMoves
 	s.amends += o.amends
@@ -350,6 +366,7 @@ func runModelOn(c workloadConfig, f *modelFiles, ops []op, judge func(*modelFile
 		r.model.pages[i] = new([modelPage]byte)
 		*r.model.pages[i] = *pg
 	}
+	r.model.resize(c.size()) // the backing file may be longer
 	if r.img, err = f.create(c); err != nil {
 		return r.stats, err
 	}
@@ -420,8 +437,8 @@ func (r *modelRun) countTables() {
 // compareAll reads the disk through read and compares it with the model: on a small disk all of it, on
 // others every page that holds something, and what lies around them.
 func (r *modelRun) compareAll(read func([]byte, int64) (int, error)) error {
-	if r.c.size() <= 32<<20 {
-		return r.compare(read, 0, r.c.size())
+	if r.model.size <= 32<<20 {
+		return r.compare(read, 0, r.model.size)
 	}
 	// Runs of whole clusters, so that a compressed one is unpacked once.
 	chunk := max(r.c.clusterSize, 64<<10)
@@ -434,7 +451,10 @@ func (r *modelRun) compareAll(read func([]byte, int64) (int, error)) error {
 	}
 	for i := range seen {
 		off := i * chunk
-		if err := r.compare(read, off, min(chunk, r.c.size()-off)); err != nil {
+		if off >= r.model.size {
+			continue
+		}
+		if err := r.compare(read, off, min(chunk, r.model.size-off)); err != nil {
 			return err
 		}
 	}
@@ -510,6 +530,8 @@ func (r *modelRun) do(o op) error {
 		return r.empty()
 	case opCommit:
 		return r.commit()
+	case opResize:
+		return r.resize(o)
 	case opSnapshot:
 		return r.snapshot(o)
 	case opReopen:
@@ -522,6 +544,30 @@ func (r *modelRun) do(o op) error {
 		return err
 	}
 	return fmt.Errorf("unknown operation")
+}
+
+// resize carries out a resize.
+func (r *modelRun) resize(o op) error {
+	r.stats.resizes++
+	opts := &ResizeOptions{Shrink: true}
+	if o.off > r.model.size {
+		opts.Preallocation = Preallocation(o.n)
+	}
+	err := r.img.Resize(context.Background(), o.off, opts)
+	if r.c.version == 2 && len(r.snaps) > 0 && o.off != r.model.size {
+		if !errors.Is(err, ErrUnsupported) {
+			return fmt.Errorf("version 2 with snapshots: %w", err)
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	r.model.resize(o.off)
+	if r.img.Size() != o.off {
+		return fmt.Errorf("the disk has %#x bytes", r.img.Size())
+	}
+	return r.walk(false)
 }
 
 // close closes the image, whose file must then be without a flaw.
@@ -537,6 +583,7 @@ func (r *modelRun) close() error {
 func (r *modelRun) walk(closed bool) error {
 	r.stats.walks++
 	if !closed {
+		r.countTables()
 		// First, since it may push refcounts out of the cache.
 		if err := checkList(r.img); err != nil {
 			return err
@@ -590,7 +637,7 @@ func (r *modelRun) write(o op) error {
 	var n int
 	var err error
 	refused := ErrRange
-	inside := o.off >= 0 && o.off <= r.c.size() && o.n <= r.c.size()-o.off
+	inside := o.off >= 0 && o.off <= r.model.size && o.n <= r.model.size-o.off
 	if inside {
 		r.countWrite(o)
 	}
@@ -608,6 +655,9 @@ func (r *modelRun) write(o op) error {
 	case opWriteC:
 		if r.c.external() {
 			inside, refused = false, ErrUnsupported
+		}
+		if o.n%r.c.clusterSize != 0 && o.off+o.n != r.model.size {
+			return nil // was the disk's end when the operations were made
 		}
 		if err = r.img.WriteCompressed(p, o.off); err == nil {
 			n = len(p)
@@ -653,7 +703,7 @@ func (r *modelRun) read(o op) error {
 	for i := range got {
 		got[i] = 0x5a
 	}
-	inside := max(min(o.n, r.c.size()-o.off), 0)
+	inside := max(min(o.n, r.model.size-o.off), 0)
 	var n int
 	var err error
 	if o.kind == opRead {
@@ -715,7 +765,7 @@ func (r *modelRun) extents(o op) error {
 			off += n
 		}
 	}
-	if want := min(o.off+o.n, r.c.size()); at != want {
+	if want := min(o.off+o.n, r.model.size); at != want {
 		return fmt.Errorf("extents end at %#x instead of %#x", at, want)
 	}
 	return nil

@@ -164,6 +164,10 @@ type CreateOptions struct {
 	// LazyRefcounts lets refcounts lag behind on disk, with the dirty bit set: fewer writes, and a
 	// repair after a crash.
 	LazyRefcounts bool
+	// Preallocation maps all of the disk from the start. With a backing file it needs ExtendedL2: the
+	// clusters have their place then, and show the backing file until they are written. An image whose data
+	// file is raw is mapped as with PreallocationMetadata at least.
+	Preallocation Preallocation
 	// Overwrite lets Create replace an existing file, and CreateStorage a storage that is not empty.
 	Overwrite bool
 	// Open says how the new image is opened: ReadWrite is implied.

@@ -101,6 +101,11 @@ func TestOrder(t *testing.T) {
 		{"datafile", 1 << 30, CreateOptions{DataFile: "data"}, []step{
 			write("write", 4096, 1<<20), sync,
 		}},
+		{"empty", 1 << 30, CreateOptions{}, []step{
+			write("write", 300_000, 1<<20), sync,
+			{"make empty", func(img *Image) error { return img.MakeEmpty(context.Background()) }},
+			write("write again", 4096, 1<<20), sync,
+		}},
 		{"discard", 1 << 30, CreateOptions{}, []step{
 			write("write four clusters", 256<<10, 0), sync,
 			{"discard two", func(img *Image) error { return img.Discard(64<<10, 128<<10) }}, sync,

@@ -456,7 +456,7 @@ func (a *allocator) dropRefs(refs *refWords, from, below uint64) {
 // surveyed for, in order, until f returns an error.
 func (r *refWords) eachGone(below uint64, f func(run clusterRun) error) error {
 	var run clusterRun
-	for _, k := range r.chunks() {
+	for _, k := range r.gone {
 		var err error
 		r.each(k, func(ci uint64, w *uint16) {
 			if *w&refStoredNone == 0 || ci >= below || err != nil {
@@ -489,6 +489,7 @@ type bulkBlock struct {
 	piece  blockPiece
 	p      []byte // the refcounts
 	below  uint64 // clusters from here on stay as they are
+	freed  bool   // apply has made a refcount zero
 }
 
 // words returns the words of the piece's clusters, nil if their chunk is a list, and of the list its part.
@@ -509,6 +510,10 @@ func (b *bulkBlock) words() (words []uint16, sparse []sparseRef) {
 // alike reports whether each of the words counts one reference.
 func alike(words []uint16) bool {
 	odd := uint16(0)
+	for len(words) >= 4 {
+		odd |= (words[0] ^ 1) | (words[1] ^ 1) | (words[2] ^ 1) | (words[3] ^ 1)
+		words = words[4:]
+	}
 	for _, w := range words {
 		odd |= w ^ 1
 	}
@@ -573,6 +578,9 @@ func (b *bulkBlock) surveyOne(i uint64, w *uint16) error {
 	switch v {
 	case 0:
 		*w |= refStoredNone
+		if k, n := ci>>refChunkBits, len(b.refs.gone); n == 0 || b.refs.gone[n-1] != k {
+			b.refs.gone = append(b.refs.gone, k)
+		}
 	case 1:
 		*w |= refStoredOne
 	}
@@ -633,12 +641,13 @@ func (b *bulkBlock) applyOne(i uint64, w uint16) error {
 		n = -n
 	}
 	setRefcountAt(b.p, b.a.g.refcountOrder, i, v+n)
+	b.freed = b.freed || v+n == 0
 	return nil
 }
 
 // release tells the allocator and the overlap list which clusters of the piece have become free.
 func (b *bulkBlock) release() {
-	if b.change == bulkRaise {
+	if !b.freed {
 		return
 	}
 	a := b.a

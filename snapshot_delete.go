@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -208,23 +209,23 @@ func (w *snapshotWork) lower(tree *refTree, copied bool) error {
 // of them goes. What is still to be lowered is not asked. Precondition: mu.
 func (w *snapshotWork) unlistTables(tables []treeTable, refs *refWords) {
 	img, m := w.img, w.img.m
-	active := make(map[uint64]struct{}, len(tables))
+	active := make([]bool, len(tables))
 	for _, c := range m.l1.all() {
 		for j := range c {
-			if off := m.l1.at(c, j) & offsetMask; off != 0 {
-				active[off] = struct{}{}
+			off := m.l1.at(c, j) & offsetMask
+			if i, ok := slices.BinarySearchFunc(tables, off, func(t treeTable, off uint64) int { return cmp.Compare(t.off, off) }); ok {
+				active[i] = true
 			}
 		}
 	}
-	for _, t := range tables {
-		_, is := active[t.off]
-		if !is {
+	for i, t := range tables {
+		if !active[i] {
 			img.host.leave(OverlapActiveL2, t.off, m.clusterSize)
 		}
 		if refs == nil {
 			continue
 		}
-		if left := refs.load(t.off >> m.clusterBits); left&refStoredNone != 0 || left&refStoredOne != 0 && is {
+		if left := refs.load(t.off >> m.clusterBits); left&refStoredNone != 0 || left&refStoredOne != 0 && active[i] {
 			img.host.leave(OverlapInactiveL2, t.off, m.clusterSize)
 		}
 	}

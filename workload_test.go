@@ -27,6 +27,7 @@ const (
 	opRebase  opKind = "rebase"  // rebase seed: to the backing file, or to none
 	opEmpty   opKind = "empty"   // MakeEmpty
 	opCommit  opKind = "commit"  // Commit
+	opResize  opKind = "resize"  // resize off n: to off bytes, with preallocation n
 	opDiscard opKind = "discard" // discard off n
 	opZero    opKind = "zero"    // zero off n: WriteZeroes
 	opUnmap   opKind = "unmap"   // unmap off n: WriteZeroes with ZeroMayUnmap
@@ -79,8 +80,7 @@ func parseOp(line string) (op, error) {
 	o := op{kind: opKind(f[0])}
 	switch o.kind {
 	case opWrite, opWriteV, opWriteC, opRead, opReadV, opExtents, opSync, opWalk, opReopen:
-	case opDiscard, opZero, opUnmap, opSnapshot:
-	case opEmpty, opCommit, opAmend, opRebase:
+	case opDiscard, opZero, opUnmap, opSnapshot, opResize, opEmpty, opCommit, opAmend, opRebase:
 	default:
 		return o, fmt.Errorf("unknown operation %q", line)
 	}
@@ -380,7 +380,7 @@ type generator struct {
 	c    workloadConfig
 	rng  *rand.Rand
 	hot  []int64
-	size int64
+	size int64 // of the disk now
 	next int64 // tables that the first operations have reached
 }
 
@@ -416,6 +416,8 @@ func (g *generator) op() op {
 		packed = 1 // each is refused
 	}
 	switch k := g.rng.IntN(100); {
+	case g.next >= 9 && g.rng.IntN(100) == 0:
+		return g.resize()
 	case k < packed:
 		return g.compressed()
 	case k < 37:
@@ -469,7 +471,33 @@ func (g *generator) compressed() op {
 	if cs > 64<<10 && g.rng.IntN(4) != 0 {
 		o.seed = o.seed&^7 | 6 // mostly zeros, which is fast
 	}
+	if o.off >= g.size {
+		o.off = (g.size - 1) / cs * cs
+	}
 	o.n = min(o.n, g.size-o.off)
+	return o
+}
+
+// resize returns a resize: back to the size at the beginning, or to one not far from it. What must be filled with
+// zeros, or is mapped, is bounded; devices have room for no more than the disk at the beginning.
+func (g *generator) resize() op {
+	base, cs := g.c.size(), g.c.clusterSize
+	span := g.c.reach()
+	if g.c.version == 2 && g.c.backed() {
+		span = 10 * cs
+	}
+	o := op{kind: opResize, off: base}
+	if g.size == base || g.rng.IntN(3) == 0 {
+		o.off = max(base-g.rng.Int64N(span), 512) &^ 511
+		if g.c.storage != "device" && g.rng.IntN(3) > 0 {
+			o.off = base + g.rng.Int64N(span)&^511
+			if g.rng.IntN(2) == 0 {
+				o.off = max(g.size, base) + g.rng.Int64N(12*cs)&^511
+				o.n = g.rng.Int64N(3)
+			}
+		}
+	}
+	g.size = o.off
 	return o
 }
 

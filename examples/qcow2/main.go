@@ -1,4 +1,4 @@
-// Command qcow2 creates, describes, checks, repairs, converts and maps disk images, with the options and exit
+// Command qcow2 creates, describes, checks, repairs, converts, maps and resizes disk images, with the options and exit
 // codes of qemu-img: 0 if it did what was asked, else 1. Its commands are
 //
 //	create   a new image
@@ -10,6 +10,7 @@
 //	rebase   another backing file for an image
 //	amend    other features for an image
 //	commit   what an image holds, into its backing file
+//	resize   another size for a disk
 //	snapshot lists, applies, creates and deletes internal snapshots
 //
 // Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
@@ -58,12 +59,13 @@ func (e *exitError) Unwrap() error { return e.err }
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root := &cobra.Command{
 		Use:           "qcow2",
-		Short:         "Create, describe, check, convert and map disk images, and keep snapshots of them",
+		Short:         "Create, describe, check, convert, map and resize disk images, and keep snapshots of them",
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), snapshotCommand())
-	root.AddCommand(commitCommand(), rebaseCommand(), amendCommand())
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), commitCommand(),
+		resizeCommand(), snapshotCommand())
+	root.AddCommand(rebaseCommand(), amendCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)

@@ -142,6 +142,10 @@ func TestCreate(t *testing.T) {
 		{"backing options", []string{"-f", "qcow2", "-o", "backing_file=base,backing_fmt=raw", "IMAGE"}},
 		{"data file", []string{"-f", "qcow2", "-o", "data_file=IMAGE.data", "IMAGE", "1M"}},
 		{"raw data file", []string{"-f", "qcow2", "-o", "data_file=IMAGE.data,data_file_raw=on", "IMAGE", "1M"}},
+		{"metadata", []string{"-f", "qcow2", "-o", "preallocation=metadata,cluster_size=4k", "IMAGE", "3M"}},
+		{"falloc", []string{"-f", "qcow2", "-o", "preallocation=falloc,compat=0.10", "IMAGE", "3M"}},
+		{"full", []string{"-f", "qcow2", "-o", "preallocation=full", "IMAGE", "3M"}},
+		{"metadata over a backing file", []string{"-f", "qcow2", "-o", "preallocation=metadata,extended_l2=on,backing_file=base,backing_fmt=raw", "IMAGE"}},
 		{"raw", []string{"-f", "raw", "IMAGE", "1000"}},
 		{"raw by default", []string{"IMAGE", "1M"}},
 	}

@@ -103,6 +103,7 @@ const createOptionNames = `Supported qcow2 options:
   data_file_raw=<bool>   - The data file alone must read as the disk
   extended_l2=<bool>     - Divide clusters into 32 subclusters
   lazy_refcounts=<bool>  - Postpone refcount updates
+  preallocation=<str>    - off (default), metadata, falloc or full
   refcount_bits=<num>    - Width of a reference count in bits: 1 to 64 (default: 16)
   size=<size>            - Virtual disk size
 `
@@ -154,7 +155,7 @@ func readCreateOptions(format string, args []string) (c createOptions, err error
 		case "refcount_bits":
 			c.image.RefcountBits, err = parsePositive(o.value)
 		case "preallocation":
-			_, err = oneOf(o.value, map[string]bool{"off": true})
+			c.image.Preallocation, err = oneOf(o.value, preallocations)
 		default:
 			return c, fmt.Errorf("invalid parameter '%s'", o.name)
 		}

@@ -36,7 +36,7 @@ func (r *modelRun) empty() error {
 	if err != nil {
 		return err
 	}
-	left := newSparseBytes(r.img.Size())
+	left := newSparseBytes(r.model.size)
 	if r.overBacking() {
 		r.f.content.copyTo(left)
 	}
@@ -55,8 +55,6 @@ func (r *modelRun) commit() error {
 	switch {
 	case r.c.layout == layoutRawData && errors.Is(err, ErrUnsupported):
 		return nil
-	case r.c.layout == layoutBackingShort && errors.Is(err, ErrUnsupported):
-		return nil // until images grow
 	case !r.overBacking():
 		if !errors.Is(err, ErrNoBacking) {
 			return fmt.Errorf("%w, want ErrNoBacking", err)

@@ -63,9 +63,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), commitCommand(),
-		resizeCommand(), snapshotCommand())
-	root.AddCommand(rebaseCommand(), amendCommand())
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), amendCommand(),
+		commitCommand(), rebaseCommand(), resizeCommand(), snapshotCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)

@@ -584,6 +584,7 @@ func (r *modelRun) close() error {
 func (r *modelRun) walk(closed bool) error {
 	r.stats.walks++
 	if !closed {
+		r.countTables()
 		// First, since it may push refcounts out of the cache.
 		if err := checkList(r.img); err != nil {
 			return err

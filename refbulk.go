@@ -117,47 +117,114 @@ func (t *refTree) count(r *entryRules, tab treeTable, p []byte) error {
 	return nil
 }
 
-// treeReadBytes is the unit in which L2 tables that follow each other in the host file are read and written.
-const treeReadBytes = 1 << 20
+// treeReadBytes is the unit in which L2 tables that follow each other in the host file are read and written, and
+// treeAheadBytes the length of tables from which on they are read ahead of who looks at them.
+const (
+	treeReadBytes  = 1 << 20
+	treeAheadBytes = 4 << 20
+)
+
+// l2Group is L2 tables that follow each other in the host file.
+type l2Group struct {
+	tables []treeTable
+	buf    *[]byte // of getBuffer
+	p      []byte  // the tables
+	err    error   // of the read
+}
 
 // eachL2 calls f with every L2 table of tables, which are in the order of the host file, as the host holds it, and
 // writes those back that f changes, which it tells. What lies past the end of the file, which has size bytes, is
 // zeros, and passed over. An error ends it: some tables are then written and others not, and whether the last of
 // them is, is unknown.
 func (img *Image) eachL2(ctx context.Context, tables []treeTable, size uint64, f func(tab treeTable, p []byte) (changed bool, err error)) error {
-	m := img.m
-	most := max(treeReadBytes>>m.clusterBits, 1)
-	buf := getBuffer(uint64(most) << m.clusterBits)
-	defer putBuffer(buf)
-	for len(tables) > 0 && tables[0].off < size {
-		if err := ctx.Err(); err != nil {
+	groups := make(chan l2Group, 1)
+	stop := make(chan struct{})
+	next := func() (g l2Group, ok bool) {
+		g, tables = img.readGroup(tables, size)
+		return g, g.buf != nil
+	}
+	if uint64(len(tables))<<img.m.clusterBits >= treeAheadBytes {
+		read := next
+		go func() {
+			defer close(groups)
+			for {
+				g, ok := read()
+				if !ok {
+					return
+				}
+				select {
+				case groups <- g:
+				case <-stop:
+					putBuffer(g.buf)
+					return
+				}
+			}
+		}()
+		defer func() {
+			close(stop)
+			for g := range groups {
+				putBuffer(g.buf)
+			}
+		}()
+		next = func() (g l2Group, ok bool) {
+			g, ok = <-groups
+			return g, ok
+		}
+	}
+	for {
+		g, ok := next()
+		if !ok {
+			return nil
+		}
+		err := errors.Join(ctx.Err(), g.err)
+		if err == nil {
+			err = img.changeGroup(g, f)
+		}
+		putBuffer(g.buf)
+		if err != nil {
 			return err
 		}
-		k := 1
-		for k < most && k < len(tables) && tables[k].off == tables[k-1].off+m.clusterSize {
-			k++
+	}
+}
+
+// readGroup reads the first of tables, with those behind it that it may be read with, and returns the others. There
+// is no group where there is no table within the file.
+func (img *Image) readGroup(tables []treeTable, size uint64) (l2Group, []treeTable) {
+	m := img.m
+	if len(tables) == 0 || tables[0].off >= size {
+		return l2Group{}, nil
+	}
+	k := 1
+	for k < max(treeReadBytes>>m.clusterBits, 1) && k < len(tables) && tables[k].off == tables[k-1].off+m.clusterSize {
+		k++
+	}
+	g := l2Group{tables: tables[:k], buf: getBuffer(uint64(k) << m.clusterBits)}
+	g.p = *g.buf
+	if err := img.host.readFull(g.p, tables[0].off); err != nil {
+		g.err = fmt.Errorf("L2 table: %w", err)
+	}
+	return g, tables[k:]
+}
+
+// changeGroup calls f with the tables of a group and writes those that it changes.
+func (img *Image) changeGroup(g l2Group, f func(tab treeTable, p []byte) (changed bool, err error)) error {
+	m := img.m
+	lo, hi := len(g.tables), 0 // the tables that changed lie between
+	for i, tab := range g.tables {
+		changed, err := f(tab, g.p[uint64(i)<<m.clusterBits:][:m.clusterSize])
+		if err != nil {
+			return err
 		}
-		p := (*buf)[:uint64(k)<<m.clusterBits]
-		if err := img.host.readFull(p, tables[0].off); err != nil {
-			return fmt.Errorf("L2 table: %w", err)
+		if changed {
+			lo, hi = min(lo, i), i+1
 		}
-		lo, hi := k, 0 // the tables that changed lie between
-		for i, tab := range tables[:k] {
-			changed, err := f(tab, p[uint64(i)<<m.clusterBits:][:m.clusterSize])
-			if err != nil {
-				return err
-			}
-			if changed {
-				lo, hi = min(lo, i), i+1
-			}
-		}
-		if lo < hi {
-			part := p[uint64(lo)<<m.clusterBits : uint64(hi)<<m.clusterBits]
-			if err := img.host.write(useAnyL2, part, tables[lo].off); err != nil {
-				return fmt.Errorf("L2 table: %w", err)
-			}
-		}
-		tables = tables[k:]
+	}
+	if lo >= hi {
+		return nil
+	}
+	part := g.p[uint64(lo)<<m.clusterBits : uint64(hi)<<m.clusterBits]
+	if err := img.host.write(useAnyL2, part, g.tables[lo].off); err != nil {
+		return fmt.Errorf("L2 table: %w", err)
 	}
 	return nil
 }

@@ -85,13 +85,14 @@ func (g *growth) prepare() (err error) {
 	if err != nil {
 		return err
 	}
-	if err := g.allocate(); err != nil {
-		return err
-	}
+	// The tail may need the L2 table in which the old end lies, so it comes before the tables are counted that are new.
 	if !g.img.wb.test.tailLast {
 		if err := g.zeroTail(); err != nil {
 			return fmt.Errorf("zeros behind guest %#x: %w", g.old, err)
 		}
+	}
+	if err := g.allocate(); err != nil {
+		return err
 	}
 	if err := g.fillData(mode); err != nil {
 		return err

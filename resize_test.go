@@ -606,3 +606,42 @@ func TestResizeBeside(t *testing.T) {
 		walkClean(t, s)
 	}
 }
+
+// TestResizeUnmappedTail grows a disk over a longer backing file where nothing is mapped yet, so that the zeros behind
+// the old end and those of the new clusters need the same L2 table: both must be in it.
+func TestResizeUnmappedTail(t *testing.T) {
+	const old, size = 5*4096 + 512, 9 * 4096
+	below := NewMemoryStorage()
+	if _, err := below.WriteAt(bytes.Repeat([]byte{0xb5}, 64<<10), 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, version := range []int{2, 3} {
+		t.Run(fmt.Sprint("version ", version), func(t *testing.T) {
+			disk, err := NewRawDisk(below)
+			if err != nil {
+				t.Fatal(err)
+			}
+			img, err := CreateStorage(NewMemoryStorage(), old, &CreateOptions{
+				Version: version, ClusterSize: 4096, BackingFile: "below", BackingFormat: "raw", Open: &OpenOptions{Backing: disk},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := img.Resize(context.Background(), size, nil); err != nil {
+				t.Fatal(err)
+			}
+			want := append(bytes.Repeat([]byte{0xb5}, old), make([]byte, size-old)...)
+			got := make([]byte, size)
+			if _, err := img.ReadAt(got, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := difference(got, want, 0); err != nil {
+				t.Error(err)
+			}
+			if res, err := img.Check(context.Background(), nil); err != nil || !res.Clean() {
+				t.Errorf("check: %+v, %v", res, err)
+			}
+			mustClose(t, img)
+		})
+	}
+}

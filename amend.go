@@ -52,8 +52,8 @@ func (o *AmendOptions) validate() error {
 // image has the old features or the new ones, and the same content; at worst zero clusters are written out already.
 //
 // Errors: *OptionError for what is not allowed or does not fit the image, all of them joined; ErrTooLarge for a refcount
-// beyond the new width; ErrBusy for another version while a snapshot is open; ErrHeaderFull, before anything is
-// written; ErrReadOnly; ErrCorrupt for tables that are malformed; ErrFailed; the error of ctx, and those of the storage.
+// beyond the new width; ErrHeaderFull, before anything is written; ErrReadOnly; ErrCorrupt for tables that are
+// malformed; ErrFailed; the error of ctx, and those of the storage.
 func (img *Image) Amend(ctx context.Context, opts *AmendOptions) error {
 	var o AmendOptions
 	if opts != nil {
@@ -100,15 +100,6 @@ func (a *amender) run() (err error) {
 		return err
 	}
 	img := a.img
-	if a.h.version != img.hdr.version {
-		// An open snapshot reads its entries by the rules of the version in which it was opened.
-		img.mu.Lock()
-		err := img.openSnapshots()
-		img.mu.Unlock()
-		if err != nil {
-			return err
-		}
-	}
 	old := img.hdr
 	// The dirty bit is off and stays so: every cut writes the refcounts.
 	lazy := img.lazy

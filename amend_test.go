@@ -193,30 +193,3 @@ func TestAmendNothing(t *testing.T) {
 		t.Error("amend of a closed image")
 	}
 }
-
-// TestAmendOpenSnapshot refuses another version while a snapshot is open, which is read by the rules of the old one.
-func TestAmendOpenSnapshot(t *testing.T) {
-	img, err := CreateStorage(NewMemoryStorage(), 1<<20, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := img.CreateSnapshot(context.Background(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	disk, err := img.OpenSnapshot(SnapshotRef{ID: s.ID})
-	if err != nil {
-		t.Fatal(err)
-	}
-	amend := func() error { return img.Amend(context.Background(), &AmendOptions{Version: 2}) }
-	if err := amend(); !errors.Is(err, ErrBusy) {
-		t.Errorf("amend beside an open snapshot: %v, want ErrBusy", err)
-	}
-	if err := disk.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := amend(); err != nil {
-		t.Errorf("amend afterwards: %v", err)
-	}
-	mustClose(t, img)
-}

@@ -776,11 +776,11 @@ func runCrashWorkloads(t *testing.T, firstSeed uint64, perWorkload, perRun int) 
 // TestCrash looks at a slice of the crash states of every workload. What must hold is in
 // docs/GUARANTEES.md.
 func TestCrash(t *testing.T) {
-	n := 500
+	n := 1000
 	if testing.Short() {
-		n = 200
+		n = 300
 	}
-	runCrashWorkloads(t, 1, n, 75)
+	runCrashWorkloads(t, 1, n, 150)
 }
 
 // TestCampaignCrash is the long run of TestCrash; see crashStatesEnv.

@@ -152,11 +152,8 @@ func (w *widening) write(ctx context.Context, progress func(n int64)) error {
 		w.table.store(b, off)
 		progress(int64(m.clusterSize))
 	}
-	for i := range w.tableClusters {
-		w.table.encode(p, i<<m.clusterBits/8)
-		if err := h.write(useRefcountTable, p, w.tableOff+i<<m.clusterBits); err != nil {
-			return fmt.Errorf("new refcount table: %w", err)
-		}
+	if err := h.writeRefcountTable(w.table, p, w.tableOff, w.tableClusters<<m.clusterBits); err != nil {
+		return err
 	}
 	if w.img.wb.test.amendSkip == amendSyncRefcounts {
 		return nil

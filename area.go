@@ -94,13 +94,14 @@ func (a *allocator) endInBlock(b uint64, idle map[uint64]bool) (uint64, error) {
 	return 0, nil
 }
 
-// area is a run of clusters at the end of the image with what describes it in front.
+// area is a run of clusters at the end of the image with what describes it in front; the run may be empty.
 type area struct {
 	start    uint64       // first cluster: the new refcount blocks, then the new table, then the run
 	first    uint64       // first cluster that has no refcount block yet
 	size     refcountSize // blocks, from first on; tableClusters is 0 if the table has room for them
 	run      clusterRun
-	pristine bool // the run reads as zeros, since nobody ever wrote there
+	pristine bool   // the run reads as zeros, since nobody ever wrote there
+	buf      []byte // whole clusters: what blocks and table are written by
 }
 
 // allocArea allocates n clusters in one run behind everything in use, with the refcount blocks that this takes in
@@ -141,6 +142,7 @@ func (a *allocator) planArea(n uint64) (r area, err error) {
 		return r, full
 	}
 	r.pristine = a.h.readsZero(r.run.first << a.g.clusterBits)
+	r.buf = a.g.bulkBuffer(max(r.size.blocks, r.size.tableClusters))
 	return r, nil
 }
 
@@ -194,7 +196,7 @@ func (a *allocator) takeArea(r *area) error {
 // writeArea writes the blocks of an area, and the table if it has one, and names them in grown.
 func (a *allocator) writeArea(r *area, grown *table) error {
 	bits, end := a.g.clusterBits, r.run.first+r.run.n
-	err := a.h.writeBulk(useRefcountBlock, a.g.bulkBuffer(r.size.blocks), r.start<<bits, r.size.blocks<<bits, func(p []byte, pos uint64) error {
+	err := a.h.writeBulk(useRefcountBlock, r.buf, r.start<<bits, r.size.blocks<<bits, func(p []byte, pos uint64) error {
 		at := r.first + pos*8>>a.g.refcountOrder
 		fillRefcounts(p, a.g.refcountOrder, max(end, at)-at)
 		// Where the area begins behind first, there is nothing in front of it.
@@ -212,15 +214,7 @@ func (a *allocator) writeArea(r *area, grown *table) error {
 	if r.size.tableClusters == 0 {
 		return nil
 	}
-	err = a.h.writeBulk(useRefcountTable, a.g.bulkBuffer(r.size.tableClusters), (r.start+r.size.blocks)<<bits, r.size.tableClusters<<bits,
-		func(p []byte, pos uint64) error {
-			grown.encode(p, pos/8)
-			return nil
-		})
-	if err != nil {
-		return fmt.Errorf("new refcount table: %w", err)
-	}
-	return nil
+	return a.h.writeRefcountTable(grown, r.buf, (r.start+r.size.blocks)<<bits, r.size.tableClusters<<bits)
 }
 
 // dropBlocks takes refcount blocks of findEnd out of the table, durably. Preconditions: the counts on the host are

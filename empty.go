@@ -175,11 +175,8 @@ func (b *bareTables) write(h *hostFile) error {
 	bits := b.g.clusterBits
 	buf := make([]byte, b.g.clusterSize)
 	t := b.table()
-	for i := range b.clusters {
-		t.encode(buf, i<<bits/8)
-		if err := h.write(useRefcountTable, buf, (b.first+i)<<bits); err != nil {
-			return fmt.Errorf("new refcount table: %w", err)
-		}
+	if err := h.writeRefcountTable(t, buf, b.first<<bits, b.clusters<<bits); err != nil {
+		return err
 	}
 	for i, entry := range b.covered {
 		clear(buf)
@@ -330,7 +327,6 @@ func (img *Image) placeBeside(from uint64) (*bareTables, error) {
 // vacant returns the first run of n free clusters at or after host cluster from. Clusters without a refcount block are
 // free, and none is made: this changes nothing.
 func (a *allocator) vacant(from, n uint64) (clusterRun, error) {
-	perSlice := uint64(8<<a.g.sliceBits) >> a.g.refcountOrder
 	run := clusterRun{first: from}
 	for run.n < n {
 		ci := run.first + run.n
@@ -341,15 +337,15 @@ func (a *allocator) vacant(from, n uint64) (clusterRun, error) {
 			run.n = min(n, run.n+a.g.perBlock()-ci&(a.g.perBlock()-1))
 			continue
 		}
-		s, i, err := a.slice(ci)
+		free, taken, err := a.look(ci, n-run.n)
 		if err != nil {
 			return run, err
 		}
-		if free := zeroRun(s.data, a.g.refcountOrder, i, min(perSlice-i, n-run.n)); free > 0 {
+		if free > 0 {
 			run.n += free
 			continue
 		}
-		run = clusterRun{first: ci + nonzeroRun(s.data, a.g.refcountOrder, i, perSlice-i)}
+		run = clusterRun{first: ci + taken}
 	}
 	return run, nil
 }

@@ -60,6 +60,19 @@ func (h *hostFile) writeBulk(use clusterUse, buf []byte, off, n uint64, fill fun
 	return nil
 }
 
+// writeRefcountTable writes t, a new refcount table of n bytes, at host offset off, in pieces of the length of buf.
+// Nothing names it yet.
+func (h *hostFile) writeRefcountTable(t *table, buf []byte, off, n uint64) error {
+	err := h.writeBulk(useRefcountTable, buf, off, n, func(p []byte, pos uint64) error {
+		t.encode(p, pos/8)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("new refcount table: %w", err)
+	}
+	return nil
+}
+
 // fillPointers fills p, which begins with entry first of a table of pointers, with those to n clusters from off on,
 // and zeros behind them.
 func (g *geometry) fillPointers(p []byte, first, n, off uint64) {

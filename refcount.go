@@ -426,21 +426,33 @@ func (a *allocator) find(from, want, n uint64) (clusterRun, error) {
 			}
 			continue
 		}
-		s, i, err := a.slice(ci)
+		free, taken, err := a.look(ci, n-run.n)
 		if err != nil {
 			return run, err
 		}
-		left := uint64(8<<a.g.sliceBits)>>a.g.refcountOrder - i
-		left = min(left, a.limit-ci)
-		if free := zeroRun(s.data, a.g.refcountOrder, i, min(left, n-run.n)); free > 0 {
+		if free > 0 {
 			run.n += free
 			continue
 		}
 		if run.n >= want {
 			return run, nil
 		}
-		run = clusterRun{first: ci + nonzeroRun(s.data, a.g.refcountOrder, i, left)}
+		run = clusterRun{first: ci + taken}
 	}
+}
+
+// look returns how many clusters from ci on are free, at most n, or else how many are taken. It looks no further than
+// the slice that holds ci's refcount, whose block must exist, and the limit.
+func (a *allocator) look(ci, n uint64) (free, taken uint64, err error) {
+	s, i, err := a.slice(ci)
+	if err != nil {
+		return 0, 0, err
+	}
+	left := min(uint64(8<<a.g.sliceBits)>>a.g.refcountOrder-i, a.limit-ci)
+	if free = zeroRun(s.data, a.g.refcountOrder, i, min(left, n)); free > 0 {
+		return free, 0, nil
+	}
+	return 0, nonzeroRun(s.data, a.g.refcountOrder, i, left), nil
 }
 
 // createBlock creates the refcount block of table entry b. It stands in the first cluster that it
@@ -457,13 +469,26 @@ func (a *allocator) createBlock(b uint64) error {
 	if b == 0 {
 		return &CorruptError{What: "refcount table entry 0 is 0: the header has no refcount", HostOff: int64(a.tableOff), GuestOff: noOffset}
 	}
-	off := b << (a.g.refBlockBits + a.g.clusterBits)
+	return a.placeBlock(b, b<<a.g.refBlockBits)
+}
+
+// placeBlock creates the refcount block of table entry b in cluster at, which is free, as are all clusters that the
+// block describes. Where another block describes it, that one counts it.
+func (a *allocator) placeBlock(b, at uint64) error {
+	own := clusterRun{first: at, n: 1}
 	block := make([]byte, a.g.clusterSize)
-	setRefcountAt(block, a.g.refcountOrder, 0, 1)
-	a.forget(clusterRun{first: off >> a.g.clusterBits, n: 1})
+	if at>>a.g.refBlockBits == b {
+		setRefcountAt(block, a.g.refcountOrder, at&(a.g.perBlock()-1), 1)
+		own.n = 0
+	} else if err := a.raise(own); err != nil {
+		return err
+	}
+	off := at << a.g.clusterBits
+	a.forget(clusterRun{first: at, n: 1})
 	a.h.enter(OverlapRefcountBlock, off, a.g.clusterSize)
 	if err := a.h.write(useRefcountBlock, block, off); err != nil {
 		a.h.leave(OverlapRefcountBlock, off, a.g.clusterSize)
+		a.undo(own)
 		return fmt.Errorf("new refcount block: %w", err)
 	}
 	a.table.store(b, off)
@@ -489,47 +514,7 @@ func (a *allocator) moveTable() error {
 	if end > a.limit {
 		return fmt.Errorf("move the refcount table to host %#x: %w", first<<a.g.clusterBits, syscall.ENOSPC)
 	}
-	a.forget(clusterRun{first: first, n: end - first})
-	grown := a.table.grow(size.tableClusters << a.g.clusterBits / 8)
-	newOff := (first + size.blocks) << a.g.clusterBits
-	a.h.enter(OverlapRefcountBlock, first<<a.g.clusterBits, size.blocks<<a.g.clusterBits)
-	a.h.enter(OverlapRefcountTable, newOff, size.tableClusters<<a.g.clusterBits)
-	if err := a.writeTable(grown, first, size); err != nil {
-		a.h.leave(OverlapRefcountBlock|OverlapRefcountTable, first<<a.g.clusterBits, (end-first)<<a.g.clusterBits)
-		return err
-	}
-	a.free(clusterRun{first: a.tableOff >> a.g.clusterBits, n: a.tableClusters})
-	a.table, a.tableOff, a.tableClusters = grown, newOff, size.tableClusters
-	a.moved = true
-	a.hooks = a.hooks[:0] // all of them are in the new table
-	return nil
-}
-
-// writeTable writes the blocks of moveTable, from cluster first on, which describe themselves and the table
-// behind them, and the table grown, which gets their entries.
-func (a *allocator) writeTable(grown *table, first uint64, size refcountSize) error {
-	block := make([]byte, a.g.clusterSize)
-	end := first + size.blocks + size.tableClusters
-	for i := range size.blocks {
-		clear(block)
-		lo := first + i<<a.g.refBlockBits
-		for ci := lo; ci < min(end, lo+a.g.perBlock()); ci++ {
-			setRefcountAt(block, a.g.refcountOrder, ci-lo, 1)
-		}
-		off := (first + i) << a.g.clusterBits
-		if err := a.h.write(useRefcountBlock, block, off); err != nil {
-			return fmt.Errorf("new refcount block: %w", err)
-		}
-		grown.store(a.table.n+i, off)
-	}
-	off := (first + size.blocks) << a.g.clusterBits
-	for i := range size.tableClusters {
-		grown.encode(block, i<<a.g.clusterBits/8)
-		if err := a.h.write(useRefcountTable, block, off+i<<a.g.clusterBits); err != nil {
-			return fmt.Errorf("new refcount table: %w", err)
-		}
-	}
-	return nil
+	return a.takeArea(&area{start: first, first: first, size: size, run: clusterRun{first: end}, buf: make([]byte, a.g.clusterSize)})
 }
 
 // forget drops slices that stood where new refcount blocks or other clusters come to stand.

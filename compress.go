@@ -126,7 +126,7 @@ func (c *decodeCache) forget() {
 // Errors: *OptionError for a range that is not aligned, ErrUnsupported for an image with an external data
 // file, and those of WriteAt. qcow2 spec, "Compressed Clusters Descriptor".
 func (img *Image) WriteCompressed(p []byte, off int64) error {
-	if err := img.checkWrite(off, len(p)); err != nil {
+	if err := img.checkRange(off, int64(len(p))); err != nil {
 		return opError("write compressed", off, len(p), err)
 	}
 	if err := img.writeCompressed(p, uint64(off)); err != nil {

@@ -83,23 +83,6 @@ func (img *Image) zeroGuest(op string, off, n int64, z zeroing) error {
 	return err
 }
 
-// checkRange checks the range of a change, and makes ready for the first one.
-func (img *Image) checkRange(off, n int64) error {
-	if err := img.writable(); err != nil {
-		return err
-	}
-	if off < 0 || n < 0 {
-		return ErrRange
-	}
-	if err := img.within(uint64(off), uint64(n)); err != nil {
-		return err
-	}
-	if !img.started.Load() {
-		return img.start()
-	}
-	return nil
-}
-
 // endBelow returns the guest offset from where on unallocated clusters read as zeros, because nothing lies below
 // them. The caller is registered.
 func (img *Image) endBelow() uint64 {

@@ -411,21 +411,16 @@ func (img *Image) switchFront(front *bareTables) error {
 	return img.cutFile(front.end)
 }
 
-// cutFile ends the file behind host cluster end, durably, if that can be. Nothing that the image names is there. Only
-// when it is durable, what the file grows by again counts as zeros.
+// cutFile ends the file behind host cluster end, durably, if that can be. Nothing that the image names is there.
 func (img *Image) cutFile(end uint64) error {
 	h := img.host
 	size := end << img.m.clusterBits
 	if h.fixed {
 		return nil
 	}
-	if err := h.s.Truncate(int64(size)); err != nil {
+	if err := h.cut(size); err != nil {
 		return err
 	}
-	if err := h.sync(); err != nil {
-		return err
-	}
-	h.pristine.Store(size)
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	img.hdr.fileSize = int64(size)

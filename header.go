@@ -752,6 +752,15 @@ func encodeL1Fields(l1Size uint32, l1Off uint64) (off int64, b []byte) {
 	return fieldL1Size, binary.BigEndian.AppendUint64(b, l1Off)
 }
 
+// encodeSizeAndL1 returns the update that makes the disk size bytes large and switches to an L1 table of l1Size
+// entries at l1Off; what lies between the fields is kept.
+func (h *header) encodeSizeAndL1(size uint64, l1Size uint32, l1Off uint64) (off int64, b []byte) {
+	b = binary.BigEndian.AppendUint64(nil, size)
+	b = binary.BigEndian.AppendUint32(b, h.cryptMethod)
+	b = binary.BigEndian.AppendUint32(b, l1Size)
+	return fieldSize, binary.BigEndian.AppendUint64(b, l1Off)
+}
+
 // encodeRefcountTableFields returns the update that switches to a refcount table of the given clusters
 // at refTableOff.
 func encodeRefcountTableFields(refTableOff uint64, clusters uint32) (off int64, b []byte) {

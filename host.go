@@ -69,7 +69,8 @@ type hostFile struct {
 
 	// pristine is the first host offset in bytes that no write of this open, and nothing in the file
 	// at open, has reached. From there on a growing file reads as zeros, before and after a crash,
-	// because nothing was ever written there. It only rises, and before the write that raises it.
+	// because nothing was ever written there. It rises before the write that raises it, and falls when the file was
+	// cut, durably (cut).
 	pristine atomic.Uint64
 
 	// Where the metadata is that no other write may hit (I8); nil in a file that has none, and where nothing
@@ -290,6 +291,19 @@ func (h *hostFile) reach(end uint64) {
 // the file grows, and neither it nor any write has come so far.
 func (h *hostFile) readsZero(off uint64) bool {
 	return !h.fixed && off >= h.pristine.Load()
+}
+
+// cut ends a file that is not fixed after size bytes, durably. Nothing names what goes, and nobody writes there. Only
+// when it is durable, what the file grows by again counts as zeros.
+func (h *hostFile) cut(size uint64) error {
+	if err := h.s.Truncate(int64(size)); err != nil {
+		return fmt.Errorf("truncate to %d bytes: %w", size, err)
+	}
+	if err := h.sync(); err != nil {
+		return err
+	}
+	h.pristine.Store(size)
+	return nil
 }
 
 // sync makes every write that returned before durable. A failure is final: what the host dropped is

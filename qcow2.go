@@ -224,7 +224,7 @@ func readBelow(d Disk, p []byte, off int64) (int, error) {
 // ErrFailed after a failed sync, and those of the storage. Where the host is full or a write fails, n
 // bytes were written, everything else is as before, and the call may be tried again.
 func (img *Image) WriteAt(p []byte, off int64) (int, error) {
-	if err := img.checkWrite(off, len(p)); err != nil {
+	if err := img.checkRange(off, int64(len(p))); err != nil {
 		return 0, opError("write", off, len(p), err)
 	}
 	n, err := img.write(p, uint64(off))
@@ -237,12 +237,12 @@ func (img *Image) WriteAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-// checkWrite checks the range of a write, and makes ready for the first one.
-func (img *Image) checkWrite(off int64, n int) error {
+// checkRange checks the range of a change of n bytes at off, and makes ready for the first one.
+func (img *Image) checkRange(off, n int64) error {
 	if err := img.writable(); err != nil {
 		return err
 	}
-	if off < 0 {
+	if off < 0 || n < 0 {
 		return ErrRange
 	}
 	if err := img.within(uint64(off), uint64(n)); err != nil {
@@ -504,7 +504,7 @@ func (img *Image) ReadVecAt(v [][]byte, off int64) (int, error) {
 func (img *Image) WriteVecAt(v [][]byte, off int64) (int, error) {
 	total, err := img.vecLength(v, off)
 	if err == nil {
-		err = img.checkWrite(off, total)
+		err = img.checkRange(off, int64(total))
 	}
 	if err != nil {
 		return 0, opError("write", off, total, err)

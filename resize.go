@@ -496,30 +496,15 @@ func (r *resizing) truncateHost() error {
 	if err := h.sync(); err != nil {
 		return err
 	}
-	switch err := h.s.Truncate(int64(end)); {
-	case errors.Is(err, errors.ErrUnsupported):
-		return nil
-	case err != nil:
-		return fmt.Errorf("truncate to %d bytes: %w", end, err)
+	err = h.cut(end)
+	if errors.Is(err, errors.ErrUnsupported) && h.failure() == nil {
+		return nil // the file stays as long as it is
 	}
-	if err := h.sync(); err != nil {
-		return err
-	}
-	h.pristine.Store(end)
-	return nil
+	return err
 }
 
 // tooLarge returns the error for a disk of size bytes that no L1 table maps.
 func tooLarge(g *geometry, size uint64) error {
 	return fmt.Errorf("%w: %w", ErrTooLarge, &OptionError{"size", size,
 		fmt.Sprintf("at most %#x bytes with clusters of %d", uint64(maxL1Bytes/l1EntrySize)<<(g.clusterBits+g.l2Bits), g.clusterSize)})
-}
-
-// encodeSizeAndL1 returns the update that makes the disk size bytes large and switches to an L1 table of l1Size
-// entries at l1Off; what lies between the fields is kept.
-func (h *header) encodeSizeAndL1(size uint64, l1Size uint32, l1Off uint64) (off int64, b []byte) {
-	b = binary.BigEndian.AppendUint64(nil, size)
-	b = binary.BigEndian.AppendUint32(b, h.cryptMethod)
-	b = binary.BigEndian.AppendUint32(b, l1Size)
-	return fieldSize, binary.BigEndian.AppendUint64(b, l1Off)
 }

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -170,13 +169,7 @@ func (c *snapshotApplication) carryOut(ctx context.Context) error {
 		return err
 	}
 	var err error
-	if c.raised, err = c.applyRefs(c.more, bulkRaise, math.MaxUint64); err != nil {
-		return err
-	}
-	if err := c.sync(snapshotSyncRaise); err != nil {
-		return err
-	}
-	if err := ctx.Err(); err != nil {
+	if c.raised, err = c.raise(ctx, c.more); err != nil {
 		return err
 	}
 	for _, t := range c.tree.tables {
@@ -185,19 +178,10 @@ func (c *snapshotApplication) carryOut(ctx context.Context) error {
 	return img.pausing(c.switchDisk)
 }
 
-// encodeDiskFields returns the update of the header that switches to another L1 table and another size of the disk:
-// from the one field to the other, with the encryption method between them as it is.
-func (h *header) encodeDiskFields() (off int64, b []byte) {
-	b = binary.BigEndian.AppendUint64(nil, h.size)
-	b = binary.BigEndian.AppendUint32(b, h.cryptMethod)
-	b = binary.BigEndian.AppendUint32(b, h.l1Size)
-	return fieldSize, binary.BigEndian.AppendUint64(b, h.l1Off)
-}
-
 // switchDisk switches to the snapshot, on the host and in memory. Precondition: pausing.
 func (c *snapshotApplication) switchDisk() error {
 	img, m := c.img, c.img.m
-	if err := img.switchTo(c.hdr.encodeDiskFields()); err != nil {
+	if err := img.switchTo(c.hdr.encodeSizeAndL1(c.hdr.size, c.hdr.l1Size, c.hdr.l1Off)); err != nil {
 		return err
 	}
 	img.mu.Lock()

@@ -197,13 +197,7 @@ func (c *snapshotCreation) carryOut(ctx context.Context, o *SnapshotOptions) err
 	if err := c.bringOut(); err != nil {
 		return err
 	}
-	if c.raised, err = c.applyRefs(c.tree.refs, bulkRaise, math.MaxUint64); err != nil {
-		return err
-	}
-	if err := c.sync(snapshotSyncRaise); err != nil {
-		return err
-	}
-	if err := ctx.Err(); err != nil {
+	if c.raised, err = c.raise(ctx, c.tree.refs); err != nil {
 		return err
 	}
 	for _, t := range c.tree.tables {
@@ -213,6 +207,19 @@ func (c *snapshotCreation) carryOut(ctx context.Context, o *SnapshotOptions) err
 		return err
 	}
 	return img.forgetSlices()
+}
+
+// raise raises the refcounts of refs, durably, and then looks at the context for the last time. It returns below which
+// cluster they are raised, also with an error.
+func (w *snapshotWork) raise(ctx context.Context, refs *refWords) (below uint64, err error) {
+	below, err = w.applyRefs(refs, bulkRaise, math.MaxUint64)
+	if err == nil {
+		err = w.sync(snapshotSyncRaise)
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	return below, err
 }
 
 // applyRefs is allocator.applyRefs.

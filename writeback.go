@@ -136,7 +136,8 @@ func (w *writeback) endGiving() {
 	w.cond.Broadcast()
 }
 
-// stop waits for a running cut, and for who gives back what cuts have dropped, and keeps new ones from beginning: the storage is about to be released.
+// stop waits for a running cut, and for who gives back what cuts have dropped, and keeps new ones from beginning: the
+// storage is about to be released.
 func (w *writeback) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()

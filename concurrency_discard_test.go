@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -17,22 +16,8 @@ func TestDiscardBlockedReadPins(t *testing.T) {
 	const cs = 4096
 	for _, compressed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("compressed=%v", compressed), func(t *testing.T) {
-			img, s := newHooked(t, 1024*cs, CreateOptions{ClusterSize: cs})
-			old := pattern(1, cs)
-			var err error
-			if compressed {
-				err = img.WriteCompressed(old, 0)
-			} else {
-				_, err = img.WriteAt(old, 0)
-			}
-			if err = errors.Join(err, img.Sync()); err != nil {
-				t.Fatal(err)
-			}
-			held := img.m.held(entryAt(t, img, 0))
+			img, s, held, g, reading := blockedRead(t, cs, compressed)
 			hostOff := int64(held.first * cs)
-			g := s.block(t, func(op hostOp, off int64, n int) bool { return op == beforeRead && off == hostOff })
-			reading := background(t, "blocked read", wantAt(img, old, 0))
-			await(t, "the read", g.arrived)
 
 			var touched []string
 			check := s.hook.Load()

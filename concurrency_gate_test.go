@@ -273,6 +273,29 @@ func TestConcurrencyBlockedDataWrite(t *testing.T) {
 	}
 }
 
+// blockedRead creates an image of 1024 clusters of cs bytes whose first one is written, plain or compressed, and synced,
+// and blocks a read of it in the host, before it has its bytes. It returns the host cluster, the gate that lets the
+// read go on, and what tells that the read is done and had the bytes that it should.
+func blockedRead(t *testing.T, cs int, compressed bool) (img *Image, s *hookStorage, held clusterRun, g *gate, done <-chan struct{}) {
+	t.Helper()
+	img, s = newHooked(t, 1024*int64(cs), CreateOptions{ClusterSize: cs})
+	old := pattern(1, uint64(cs))
+	var err error
+	if compressed {
+		err = img.WriteCompressed(old, 0)
+	} else {
+		_, err = img.WriteAt(old, 0)
+	}
+	if err = errors.Join(err, img.Sync()); err != nil {
+		t.Fatal(err)
+	}
+	held = img.m.held(entryAt(t, img, 0))
+	g = s.block(t, func(op hostOp, off int64, n int) bool { return op == beforeRead && off == int64(held.first)*int64(cs) })
+	done = background(t, "blocked read", wantAt(img, old, 0))
+	await(t, "the read", g.arrived)
+	return img, s, held, g, done
+}
+
 // TestConcurrencyBlockedReadPins blocks a read in the host, plain or compressed, before it has its bytes. The
 // cluster that it reads is rewritten and synced; no other write may get it until the read is done, which
 // returns the old bytes (I4). Afterwards it is free.
@@ -280,22 +303,8 @@ func TestConcurrencyBlockedReadPins(t *testing.T) {
 	const cs = 4096
 	for _, compressed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("compressed=%v", compressed), func(t *testing.T) {
-			img, s := newHooked(t, 1024*cs, CreateOptions{ClusterSize: cs})
-			old := pattern(1, cs)
-			var err error
-			if compressed {
-				err = img.WriteCompressed(old, 0)
-			} else {
-				_, err = img.WriteAt(old, 0)
-			}
-			if err = errors.Join(err, img.Sync()); err != nil {
-				t.Fatal(err)
-			}
-			held := img.m.held(entryAt(t, img, 0))
+			img, s, held, g, reading := blockedRead(t, cs, compressed)
 			hostOff := int64(held.first * cs)
-			g := s.block(t, func(op hostOp, off int64, n int) bool { return op == beforeRead && off == hostOff })
-			reading := background(t, "blocked read", wantAt(img, old, 0))
-			await(t, "the read", g.arrived)
 
 			// Compressed over plain and plain over compressed both take another cluster.
 			if compressed {

@@ -9,7 +9,6 @@ import (
 	"testing"
 
 	"github.com/go-qcow2/qcow2/internal/crashtest"
-	"github.com/go-qcow2/qcow2/internal/refwalk"
 )
 
 // Marks of a resize in a record.
@@ -138,11 +137,7 @@ func TestCrashHoleShrink(t *testing.T) {
 	look := func(rec *crashtest.Recorder, file *crashtest.File) (switched, low, beyond int) {
 		stats, err := rec.States(rand.New(rand.NewPCG(1, 1)), crashtest.Options{PerPoint: 24}, func(s *crashtest.State) error {
 			d := s.Disk(file)
-			n, err := d.Size()
-			if err != nil {
-				return err
-			}
-			rep, err := refwalk.Walk(d, n)
+			rep, err := walkFile(d)
 			if err != nil {
 				return err
 			}

@@ -8,10 +8,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os"
 	"runtime"
 	"slices"
-	"strconv"
 	"sync"
 	"testing"
 
@@ -599,16 +597,7 @@ func TestCrashSnapshots(t *testing.T) {
 
 // TestCampaignCrashSnapshots is the long run of TestCrashSnapshots, with as many states as crashStatesEnv says.
 func TestCampaignCrashSnapshots(t *testing.T) {
-	total, err := strconv.Atoi(os.Getenv(crashStatesEnv))
-	if err != nil {
-		t.Skipf("a long run: set %s to the number of states", crashStatesEnv)
-	}
-	first := uint64(1)
-	if s := os.Getenv(crashSeedEnv); s != "" {
-		if first, err = strconv.ParseUint(s, 0, 64); err != nil {
-			t.Fatal(err)
-		}
-	}
+	total, first := crashCampaign(t)
 	runSnapshotCrashes(t, first, total/len(snapshotWorkloads())+1, 600)
 }
 

@@ -639,11 +639,7 @@ func runCrash(c *crashConfig, budget crashBudget) (*crashTotals, *crashFailure, 
 // earlier image, and a data file, leave nothing behind either.
 func (r *crashRun) checkEnd() error {
 	d := r.image.Disk()
-	size, err := d.Size()
-	if err != nil {
-		return err
-	}
-	rep, err := refwalk.Walk(d, size)
+	rep, err := walkFile(d)
 	if err != nil {
 		return err
 	}
@@ -783,18 +779,26 @@ func TestCrash(t *testing.T) {
 	runCrashWorkloads(t, 1, n, 150)
 }
 
-// TestCampaignCrash is the long run of TestCrash; see crashStatesEnv.
-func TestCampaignCrash(t *testing.T) {
-	total, err := strconv.Atoi(os.Getenv(crashStatesEnv))
+// crashCampaign returns how many states a long run has, and its first seed, as crashStatesEnv and crashSeedEnv say. It
+// skips the test if none is asked for.
+func crashCampaign(t *testing.T) (states int, first uint64) {
+	t.Helper()
+	states, err := strconv.Atoi(os.Getenv(crashStatesEnv))
 	if err != nil {
 		t.Skipf("a long run: set %s to the number of states", crashStatesEnv)
 	}
-	first := uint64(1)
+	first = 1
 	if s := os.Getenv(crashSeedEnv); s != "" {
 		if first, err = strconv.ParseUint(s, 0, 64); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return states, first
+}
+
+// TestCampaignCrash is the long run of TestCrash; see crashStatesEnv.
+func TestCampaignCrash(t *testing.T) {
+	total, first := crashCampaign(t)
 	runCrashWorkloads(t, first, max(5000, total/len(crashWorkloads())+1), 400)
 }
 

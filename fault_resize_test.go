@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	"github.com/go-qcow2/qcow2/internal/crashtest"
-	"github.com/go-qcow2/qcow2/internal/refwalk"
 )
 
 // resizeFault is a Resize that meets faults.
@@ -108,11 +107,7 @@ func (f *resizeFault) build(t testing.TB) (map[string]*crashtest.Disk, []byte) {
 // two sizes, with the content that belongs to it. It looks without the library.
 func (f *resizeFault) expect(t testing.TB, disks map[string]*crashtest.Disk, content []byte, leaks bool, sizes ...int64) {
 	t.Helper()
-	n, err := disks["image"].Size()
-	if err != nil {
-		t.Fatal(err)
-	}
-	rep, err := refwalk.Walk(disks["image"], n)
+	rep, err := walkFile(disks["image"])
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -584,11 +584,7 @@ func (r *faultRun) openImage() {
 func (r *faultRun) walk(leaks bool) *refwalk.Report {
 	r.Helper()
 	d := r.host.disks["image"]
-	size, err := d.Size()
-	if err != nil {
-		r.Fatal(err)
-	}
-	rep, err := refwalk.Walk(d, size)
+	rep, err := walkFile(d)
 	if err != nil {
 		r.Fatal(err)
 	}

@@ -16,15 +16,23 @@ import (
 	"github.com/go-qcow2/qcow2/internal/refwalk"
 )
 
+// walkFile walks the references of the image in f: a storage, or a recorded disk.
+func walkFile(f interface {
+	io.ReaderAt
+	Size() (int64, error)
+}) (*refwalk.Report, error) {
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	return refwalk.Walk(f, size)
+}
+
 // walkStorage walks the references of the image in s. A closed image must have no finding at all, an open
 // one no corruption.
 func walkStorage(t *testing.T, s Storage, closed bool) {
 	t.Helper()
-	size, err := s.Size()
-	if err != nil {
-		t.Fatal(err)
-	}
-	rep, err := refwalk.Walk(s, size)
+	rep, err := walkFile(s)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,11 +22,7 @@ func fillRepeated(n int64) []byte {
 // walkClean fails the test unless the image in s is sound: no leak, no corruption, every count exact.
 func walkClean(t testing.TB, s Storage) *refwalk.Report {
 	t.Helper()
-	size, err := s.Size()
-	if err != nil {
-		t.Fatal(err)
-	}
-	rep, err := refwalk.Walk(s, size)
+	rep, err := walkFile(s)
 	if err != nil {
 		t.Fatal(err)
 	}

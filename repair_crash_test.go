@@ -402,11 +402,7 @@ func checkRepaired(d *crashtest.Disk, res *CheckResult, err error, before map[in
 	if err != nil || !res.Clean() {
 		return fmt.Errorf("repair: %+v, %w", res, err)
 	}
-	size, err := d.Size()
-	if err != nil {
-		return err
-	}
-	rep, err := refwalk.Walk(d, size)
+	rep, err := walkFile(d)
 	if err != nil {
 		return err
 	}
@@ -549,11 +545,7 @@ func worse(before, now *refwalk.Report) string {
 
 // walkDisk walks the image in d; nil if there is nothing to walk.
 func walkDisk(d *crashtest.Disk) *refwalk.Report {
-	size, err := d.Size()
-	if err != nil {
-		return nil
-	}
-	rep, err := refwalk.Walk(d, size)
+	rep, err := walkFile(d)
 	if err != nil {
 		return nil
 	}

@@ -161,7 +161,7 @@ func (c *checker) eachTable(refs []l2Ref, f func(r l2Ref, table []byte) error) e
 			select {
 			case b.buf = <-free:
 			default:
-				b.buf = make([]byte, perBatch<<c.clusterBits)
+				b.buf = make([]byte, n<<c.clusterBits) // every batch but the last is a full one
 			}
 			select {
 			case queue <- b:

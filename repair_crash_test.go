@@ -431,22 +431,12 @@ var smallDamages = []string{"refcounts", "COPIED", "entry reserved", "entry past
 
 // damagedImages calls f with every base damaged in every way, by the seed, half of them in a small way besides.
 func damagedImages(t *testing.T, seed uint64, f func(t *testing.T, name string, im *hostileImage, rng *rand.Rand)) {
-	stride := uint64(12)
-	switch {
-	case os.Getenv(repairStatesEnv) != "":
-		stride = 1
-	case testing.Short():
-		stride = 24
-	}
 	for i := range repairBases {
 		rb := &repairBases[i]
 		t.Run(rb.name, func(t *testing.T) {
 			t.Parallel()
 			sound := rb.build(t)
-			for j, d := range slices.Concat(repairDamages, entangledDamages) {
-				if (uint64(i+j)+seed)%stride != 0 {
-					continue
-				}
+			for _, d := range slices.Concat(repairDamages, entangledDamages) {
 				rng := rand.New(rand.NewPCG(seed, uint64(i)))
 				im := &hostileImage{b: bytes.Clone(sound.b), h: sound.h, g: sound.g}
 				for _, small := range repairDamages {
@@ -497,19 +487,19 @@ func TestRepair(t *testing.T) {
 // read before, is in no respect worse than the image was, carries no bit that says it is sound while it is not, and
 // is repaired by a second run.
 func TestRepairCrash(t *testing.T) {
-	perPoint, seeds := 2, uint64(1)
+	o, seeds := crashtest.Options{PerPoint: 4, Every: 8}, uint64(1)
 	if testing.Short() {
-		perPoint, seeds = 1, 1
+		o = crashtest.Options{PerPoint: 1, Every: 16}
 	}
 	if n, err := strconv.Atoi(os.Getenv(repairStatesEnv)); err == nil {
-		perPoint, seeds = 12, uint64(max(1, n/800))
+		o, seeds = crashtest.Options{PerPoint: 12}, uint64(max(1, n/800))
 	}
 	total := make(chan crashtest.Stats, 1)
 	total <- crashtest.Stats{}
 	t.Run("seeds", func(t *testing.T) {
 		for seed := range seeds {
 			damagedImages(t, 100+seed, func(t *testing.T, name string, im *hostileImage, rng *rand.Rand) {
-				stats, err := repairCrash(im, rng, perPoint, repairSyncNone)
+				stats, err := repairCrash(im, rng, o, repairSyncNone)
 				if err != nil {
 					t.Errorf("%s: %v", name, err)
 				}
@@ -552,8 +542,8 @@ func walkDisk(d *crashtest.Disk) *refwalk.Report {
 	return rep
 }
 
-// repairCrash records the repair of im, without the sync skip, and looks at the states of its crashes.
-func repairCrash(im *hostileImage, rng *rand.Rand, perPoint int, skip repairSync) (crashtest.Stats, error) {
+// repairCrash records the repair of im, without the sync skip, and looks at states of its crashes, as o says.
+func repairCrash(im *hostileImage, rng *rand.Rand, o crashtest.Options, skip repairSync) (crashtest.Stats, error) {
 	cluster := int64(im.g.clusterSize)
 	rec := crashtest.NewRecorder()
 	file := rec.Regular("image", im.b)
@@ -573,7 +563,7 @@ func repairCrash(im *hostileImage, rng *rand.Rand, perPoint int, skip repairSync
 		return crashtest.Stats{}, err
 	}
 	marked := im.b[fieldIncompatible+7]&incompatCorrupt != 0 && im.h.version >= 3
-	return rec.States(rng, crashtest.Options{PerPoint: perPoint}, func(s *crashtest.State) error {
+	return rec.States(rng, o, func(s *crashtest.State) error {
 		d := s.Disk(file)
 		if lost := lostContent(before, readClusters(crashStorage{d}, cluster)); lost != "" {
 			return fmt.Errorf("%s: %s", s, lost)
@@ -619,10 +609,10 @@ func TestRepairBroken(t *testing.T) {
 				if !damage.do(im, rand.New(rand.NewPCG(seed, 0))) {
 					t.Fatal("the image has not got what is to be damaged")
 				}
-				if _, err := repairCrash(im, rand.New(rand.NewPCG(seed, 1)), 16, repairSyncNone); err != nil {
+				if _, err := repairCrash(im, rand.New(rand.NewPCG(seed, 1)), crashtest.Options{PerPoint: 16}, repairSyncNone); err != nil {
 					t.Fatalf("with the sync: %v", err)
 				}
-				if _, err := repairCrash(im, rand.New(rand.NewPCG(seed, 1)), 16, tt.skip); err != nil {
+				if _, err := repairCrash(im, rand.New(rand.NewPCG(seed, 1)), crashtest.Options{PerPoint: 16}, tt.skip); err != nil {
 					if !strings.Contains(err.Error(), tt.want) {
 						t.Errorf("%v, want %s", err, tt.want)
 					}
@@ -634,12 +624,15 @@ func TestRepairBroken(t *testing.T) {
 	}
 }
 
-// TestRepairFaults fails every host operation of repairs once: the call says so, nothing that could be read is lost,
-// and a second repair ends what the first began.
+// TestRepairFaults fails host operations of repairs once, one in five or, in the long run, each: the call says so,
+// nothing that could be read is lost, and a second repair ends what the first began.
 func TestRepairFaults(t *testing.T) {
-	stride := 1
+	stride := 5
 	if testing.Short() {
-		stride = 7
+		stride = 20
+	}
+	if os.Getenv(repairStatesEnv) != "" {
+		stride = 1
 	}
 	damagedImages(t, 200, func(t *testing.T, name string, im *hostileImage, rng *rand.Rand) {
 		cluster := int64(im.g.clusterSize)

@@ -60,13 +60,25 @@ var (
 //
 // ErrType and ErrSize are the only errors. Payloads of equal clusters need not be equal.
 func Compress(dst, src []byte, typ Type) (n int, ok bool, err error) {
+	return CompressWindow(dst, src, typ, NarrowWindow)
+}
+
+// The windows of deflate payloads in bytes.
+const (
+	NarrowWindow = 1 << 12 // QEMU's
+	WideWindow   = 1 << 15 // the format's
+)
+
+// CompressWindow is Compress with deflate payloads that reach back at most window bytes: NarrowWindow or WideWindow.
+// The window is nothing to zstd.
+func CompressWindow(dst, src []byte, typ Type, window int) (n int, ok bool, err error) {
 	if len(src) == 0 || len(src) > MaxClusterSize {
 		return 0, false, fmt.Errorf("compress %d bytes: %w", len(src), ErrSize)
 	}
 	dst = dst[:min(cap(dst), len(src)-1)]
 	switch typ {
 	case Deflate:
-		n, ok = deflate(dst, src)
+		n, ok = deflate(dst, src, window)
 	case Zstd:
 		n, ok = zstdCompress(dst, src)
 	default:

@@ -302,14 +302,14 @@ func TestDeflateDistance(t *testing.T) {
 				if err != nil || plain != size {
 					t.Fatalf("%s of %d bytes: walked %d bytes, %v", c.name, size, plain, err)
 				}
-				if dist > deflateWindow {
+				if dist > NarrowWindow {
 					t.Errorf("%s of %d bytes: reaches back %d bytes", c.name, size, dist)
 				}
 				farthest = max(farthest, dist)
 			}
 		}
 	}
-	if farthest < deflateWindow/2 {
+	if farthest < NarrowWindow/2 {
 		t.Errorf("the farthest match is %d bytes back: the contents do not try the window", farthest)
 	}
 }
@@ -636,7 +636,7 @@ func FuzzDecompress(f *testing.F) {
 			t.Fatalf("packed again: differs, or %v", err)
 		}
 		if typ%2 == uint8(Deflate) {
-			if dist, _, err := walkDeflate(packed[:n]); err != nil || dist > deflateWindow {
+			if dist, _, err := walkDeflate(packed[:n]); err != nil || dist > NarrowWindow {
 				t.Fatalf("packed again: reaches back %d bytes, %v", dist, err)
 			}
 		}

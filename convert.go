@@ -71,6 +71,9 @@ type ConvertOptions struct {
 	// TargetIsZero says that all of the target reads as zeros already. It is taken at its word: zeros are not
 	// written. Without it Convert looks where the target says itself that it reads as zeros.
 	TargetIsZero bool
+	// KeepRest leaves what lies behind the end of the source in a larger target as it is, as qemu-img convert -n does.
+	// Default: it becomes zeros.
+	KeepRest bool
 	// SharedDepth, if positive, says that the layers of the source at that depth and below (Extent.Depth) lie below
 	// the target, too: what only they hold is not copied. With 1 the target has the backing file of the source.
 	// Default: everything is copied. The target is then an *Image, or another disk that has something below it.
@@ -125,7 +128,7 @@ const maxSparseSize = 1 << 20
 
 // Convert copies the content of src to dst, whose size is at least that of src, and makes it durable. What
 // reads as zeros in src and in dst already is neither read nor written; what reads as zeros in src only becomes
-// zeros in dst, and so does what lies behind the end of src. Whole clusters of an *Image are written, and a cluster
+// zeros in dst, and so does what lies behind the end of src, unless KeepRest is set. Whole clusters of an *Image are written, and a cluster
 // that is shared in a part (SharedDepth) is copied whole.
 //
 // The same source, target and options give the same bytes in the target, whatever the number of workers: an *Image
@@ -170,7 +173,6 @@ type converter struct {
 	opts   ConvertOptions
 	image  *Image // dst, if it is one
 	total  int64  // bytes of src
-	end    int64  // total, rounded up to whole units, within dst
 	unit   int64  // what is copied whole, in bytes: clusters of an image
 	piece  int64  // what is copied at once, in bytes
 	detect int64  // zero detection, in bytes; a multiple of unit. 0: none
@@ -206,7 +208,6 @@ func (c *converter) prepare() error {
 			c.detect = max(int64(c.opts.SparseSize), c.unit)
 		}
 	}
-	c.end = min((c.total+c.unit-1)/c.unit*c.unit, c.dst.Size())
 	if c.opts.DeflateWindow == 0 {
 		c.opts.DeflateWindow = DeflateWindow4K
 	}

@@ -130,6 +130,8 @@ func convertTargets() []convertTarget {
 			createSnapshot(t, dst.(*Image), "before")
 			return err
 		}},
+		{name: "keeping the rest", create: &CreateOptions{ClusterSize: 4096}, fill: old, more: 1 << 20, opts: ConvertOptions{KeepRest: true}},
+		{name: "packed, keeping the rest", create: &CreateOptions{}, fill: old, more: 1 << 20, opts: ConvertOptions{KeepRest: true, Compress: true}},
 		{name: "deflate", create: &CreateOptions{}, opts: ConvertOptions{Compress: true}},
 		{name: "deflate, wide", create: &CreateOptions{}, opts: ConvertOptions{Compress: true, DeflateWindow: DeflateWindow32K}, more: 512},
 		{name: "deflate, small clusters", create: &CreateOptions{ClusterSize: 1024, RefcountBits: 8}, opts: ConvertOptions{Compress: true}},
@@ -209,6 +211,9 @@ func TestConvertWorkers(t *testing.T) {
 					t.Fatalf("%d workers: %v", workers, err)
 				}
 				want := append(bytes.Clone(content), make([]byte, tt.more)...)
+				if opts.KeepRest {
+					copy(want[len(content):], convertContent(7, len(want))[len(content):])
+				}
 				expectContent(t, r.dst, want)
 				if r.image != nil {
 					tt.judge(t, r)

@@ -92,8 +92,11 @@ func (c *converter) pack(ctx context.Context, p *piece) error {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			// The disk may end inside its last cluster, which is packed whole.
 			at := off - p.off
+			if p.n-at < size && p.off+p.n < c.dst.Size() {
+				continue // of the cluster, the rest stays
+			}
+			// The disk may end inside its last cluster, which is packed whole.
 			whole := p.buf.data[at : at+size]
 			clear(whole[min(size, p.n-at):])
 			room := p.buf.packed[used:]

@@ -90,6 +90,9 @@ func (c *converter) scan(emit func(*piece) error) error {
 	if next != c.total {
 		return errBadExtents
 	}
+	if c.opts.KeepRest {
+		return s.finish()
+	}
 	// What lies behind the end of the source is zeros.
 	class := classZero
 	if c.opts.Zeroes == ZeroesData {

@@ -6,6 +6,7 @@
 //	check    whether an image is consistent, and its repair; exit codes besides: 2 if it is corrupt, 3 if
 //	         space is lost and nothing else, 63 if the format has nothing to check
 //	convert  a disk into another format
+//	dd       blocks of a disk into a file
 //	map      where the content of a disk lies
 //	rebase   another backing file for an image
 //	amend    other features for an image
@@ -63,7 +64,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), amendCommand(),
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), ddCommand(), mapCommand(), amendCommand(),
 		commitCommand(), rebaseCommand(), resizeCommand(), snapshotCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)

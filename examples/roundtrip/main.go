@@ -25,6 +25,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/go-qcow2/qcow2"
 	"github.com/go-qcow2/qcow2/examples/internal/disk"
 	"github.com/go-qcow2/qcow2/examples/internal/progress"
 	"github.com/go-qcow2/qcow2/internal/measure"
@@ -84,7 +85,7 @@ func roundTrip(ctx context.Context, w io.Writer, file string, content int64) (er
 		{"compressed qcow2 -> raw", packed, disk.QCOW2, back, disk.Raw, false},
 	}
 	for _, s := range steps {
-		target := disk.Target{Name: s.dst, Format: s.to, Compress: s.compress}
+		target := disk.Target{Name: s.dst, Format: s.to, Options: qcow2.ConvertOptions{Compress: s.compress}}
 		if err := convert(ctx, w, s.name, s.src, s.format, target); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
@@ -123,7 +124,7 @@ func convert(ctx context.Context, w io.Writer, name, src, format string, to disk
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
 	bar := progress.Start(os.Stderr, name)
-	to.Progress = bar.Update
+	to.Options.Progress = bar.Update
 	err = disk.Convert(ctx, d, to)
 	bar.Done(err)
 	if err != nil {

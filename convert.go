@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"sync/atomic"
 )
 
 // WritableDisk is a Disk that can be the target of Convert: an *Image or a *RawDisk, or one of the caller's.
@@ -138,6 +139,10 @@ const maxSparseSize = 1 << 20
 // dst must not be written by others meanwhile; src may be read. After an error, or when ctx ends, dst holds a
 // part of the copy, which is consistent if it is an *Image. All goroutines have ended when Convert returns.
 //
+// Where dst and src are files, data that is not searched for zeros, or for whole clusters of 32 KiB or more of them alone,
+// is copied by the host (copy_file_range), if it can: on some file systems both share the space then. A src that is an
+// *Image open for writing, or lies in a Storage of the caller's own, is read.
+//
 // Memory: at most 128 MiB of buffers, whatever the sizes, and the caches of dst and src.
 //
 // Errors: *OptionError, ErrTooLarge if dst is smaller than src, that of ctx, and those of src and dst.
@@ -159,9 +164,11 @@ func Convert(ctx context.Context, dst WritableDisk, src Disk, opts *ConvertOptio
 const (
 	// convertChunk is what Commit and Rebase read at once, in bytes: a multiple of every cluster size.
 	convertChunk = 2 << 20
-	// pieceSize is what a worker of Convert reads and writes at once, in bytes, unless a cluster is larger: a multiple of
-	// every other cluster size and every SparseSize. Output depends on it, through the order of allocations.
-	pieceSize = 1 << 20
+	// pieceSize is what a worker of Convert reads and writes at once, in bytes, unless a cluster or SparseSize is larger: so
+	// little that it stays in the processor's cache. Output depends on it, through the order of allocations.
+	pieceSize = 256 << 10
+	// packedPiece is pieceSize where clusters are compressed: their payloads are written together.
+	packedPiece = 1 << 20
 	// maxConvertBuffers bounds the buffers of all workers in bytes.
 	maxConvertBuffers = 128 << 20
 )
@@ -176,6 +183,9 @@ type converter struct {
 	unit   int64  // what is copied whole, in bytes: clusters of an image
 	piece  int64  // what is copied at once, in bytes
 	detect int64  // zero detection, in bytes; a multiple of unit. 0: none
+
+	offload   bool        // the host may copy data
+	noOffload atomic.Bool // it said that it cannot
 
 	targetZero bool // all of the target reads as zeros
 
@@ -193,7 +203,10 @@ func (c *converter) prepare() error {
 	if c.dst.Size() < c.total {
 		return fmt.Errorf("%w: a disk of %d bytes into one of %d", ErrTooLarge, c.total, c.dst.Size())
 	}
-	c.unit, c.piece = 1, pieceSize
+	c.unit, c.piece = 1, max(pieceSize, int64(c.opts.SparseSize))
+	if c.opts.Compress {
+		c.piece = packedPiece
+	}
 	c.image, _ = c.dst.(*Image)
 	if err := c.checkTarget(); err != nil {
 		return err
@@ -211,6 +224,7 @@ func (c *converter) prepare() error {
 	if c.opts.DeflateWindow == 0 {
 		c.opts.DeflateWindow = DeflateWindow4K
 	}
+	c.offload = c.mayOffload()
 	c.reads.ask = c.opts.OnReadError
 	var err error
 	if c.targetZero = c.opts.TargetIsZero; !c.targetZero && c.opts.Zeroes != ZeroesClusters {

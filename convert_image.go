@@ -246,7 +246,7 @@ func (c *converter) writeImage(ctx context.Context, p *piece) error {
 			ch := &h.changes[0]
 			err := ctx.Err()
 			if err == nil {
-				err = c.writeChange(p, h, ch)
+				err = c.writeChange(ctx, p, h, ch)
 			}
 			switch {
 			case err == nil:
@@ -268,6 +268,11 @@ func (c *converter) writeImage(ctx context.Context, p *piece) error {
 		// What waits to be freed may be enough. Nothing is held now (I4).
 		if !img.reclaim(img.m.alloc.released.Load()) {
 			return full
+		}
+	}
+	if len(again)+len(p.owned) > 0 {
+		if err := c.load(ctx, p); err != nil {
+			return err
 		}
 	}
 	for _, x := range again {
@@ -296,7 +301,7 @@ func (c *converter) rewrite(p *piece, x guestSpan) error {
 }
 
 // writeChange writes the data of a change, and makes it. After an error it is not made.
-func (c *converter) writeChange(p *piece, h *clusterHold, ch *clusterChange) error {
+func (c *converter) writeChange(ctx context.Context, p *piece, h *clusterHold, ch *clusterChange) error {
 	img, m := c.image, c.image.m
 	start := (h.held.first + uint64(ch.first)) << m.clusterBits
 	old := h.entries[ch.first:][:len(ch.changed)]
@@ -305,8 +310,15 @@ func (c *converter) writeChange(p *piece, h *clusterHold, ch *clusterChange) err
 			return err
 		}
 	} else {
-		data := p.data(guestSpan{int64(start), min(int64(len(ch.changed))*c.unit, p.off+p.n-int64(start))})
-		if err := img.fillClusters(data, start, old, ch.changed, ch.run.first<<m.clusterBits, ch.fresh); err != nil {
+		x := guestSpan{int64(start), min(int64(len(ch.changed))*c.unit, p.off+p.n-int64(start))}
+		done, err := c.offloadChange(ctx, p, x, ch)
+		if err != nil {
+			return err
+		}
+		if !done {
+			err = img.fillClusters(p.data(x), start, old, ch.changed, ch.run.first<<m.clusterBits, ch.fresh)
+		}
+		if err != nil {
 			return err
 		}
 	}

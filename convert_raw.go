@@ -13,6 +13,12 @@ func (c *converter) writeDisk(ctx context.Context, p *piece) error {
 		}
 		switch x.class {
 		case classCopy:
+			if !p.loaded && c.offloadRange(p, x.guestSpan, x.off) {
+				continue
+			}
+			if err := c.load(ctx, p); err != nil {
+				return err
+			}
 			if _, err := c.dst.WriteAt(p.data(x.guestSpan), x.off); err != nil {
 				return err
 			}

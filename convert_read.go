@@ -12,7 +12,10 @@ import (
 
 // fill reads what is to be copied of a piece, finds zeros in it, and compresses the rest if that is asked for.
 func (c *converter) fill(ctx context.Context, p *piece) error {
-	if err := c.read(ctx, p); err != nil {
+	if c.probe(p) {
+		return nil
+	}
+	if err := c.load(ctx, p); err != nil {
 		return err
 	}
 	if c.detect > 0 && c.opts.Zeroes != ZeroesData {
@@ -22,6 +25,15 @@ func (c *converter) fill(ctx context.Context, p *piece) error {
 		return c.pack(ctx, p)
 	}
 	return nil
+}
+
+// load makes sure that the content of a piece is in memory.
+func (c *converter) load(ctx context.Context, p *piece) error {
+	if p.loaded {
+		return nil
+	}
+	p.loaded = true
+	return c.read(ctx, p)
 }
 
 // read reads the parts of a piece that are copied. What no read fills of them is zeros.
@@ -34,16 +46,21 @@ func (c *converter) read(ctx context.Context, p *piece) error {
 		pos, end := x.off, x.off+x.n
 		for len(reads) > 0 && reads[0].off < end {
 			// Parts that follow each other may be read in one; those that are not copied lie between reads.
-			r := guestSpan{reads[0].off, min(reads[0].n, end-reads[0].off)}
-			clear(p.data(guestSpan{pos, r.off - pos}))
-			if err := c.reads.read(ctx, c.src, p.data(r), r.off); err != nil {
-				return err
+			var now []sourceRun
+			if now, reads = cutRuns(reads, end); len(now) == 0 {
+				break
 			}
-			pos = r.off + r.n
-			if r.n == reads[0].n {
-				reads = reads[1:]
-			} else {
-				reads = append([]guestSpan{{pos, reads[0].n - r.n}}, reads[1:]...)
+			for k := 0; k < len(now); {
+				// What lies side by side in the source is read at once, wherever the host has it.
+				r := now[k].guestSpan
+				for k++; k < len(now) && now[k].off == r.off+r.n; k++ {
+					r.n += now[k].n
+				}
+				clear(p.data(guestSpan{pos, r.off - pos}))
+				if err := c.reads.read(ctx, c.src, p.data(r), r.off); err != nil {
+					return err
+				}
+				pos = r.off + r.n
 			}
 		}
 		clear(p.data(guestSpan{pos, end - pos}))

@@ -16,6 +16,33 @@ const (
 // guestSpan is a range of guest bytes.
 type guestSpan struct{ off, n int64 }
 
+// sourceRun is a range of the source that is read. Its bytes lie at hostOff in host, if that is not nil, so that they may
+// be copied there without being read.
+type sourceRun struct {
+	guestSpan
+	host    *FileStorage
+	hostOff int64
+}
+
+// follows reports whether r goes on where x ends.
+func (r *sourceRun) follows(x *sourceRun) bool {
+	return r.off == x.off+x.n && r.host == x.host && (r.host == nil || r.hostOff == x.hostOff+x.n)
+}
+
+// cut returns the part of r from off on, with n bytes.
+func (r *sourceRun) cut(off, n int64) sourceRun {
+	return sourceRun{guestSpan{off, n}, r.host, r.hostOff + off - r.off}
+}
+
+// appendRun appends x, joined with the last one where it follows.
+func appendRun(runs []sourceRun, x sourceRun) []sourceRun {
+	if k := len(runs); k > 0 && x.follows(&runs[k-1]) {
+		runs[k-1].n += x.n
+		return runs
+	}
+	return append(runs, x)
+}
+
 // piecePart is a run of a piece of one class.
 type piecePart struct {
 	guestSpan
@@ -27,10 +54,11 @@ type piecePart struct {
 type piece struct {
 	guestSpan
 	seq   int64       // its number, from 0
-	parts []piecePart // all of the guestSpan, in order
-	reads []guestSpan // what of the source the parts to copy are made of; the rest of them is zeros
+	parts []piecePart // all of it, in order
+	reads []sourceRun // what of the source the parts to copy are made of; the rest of them is zeros
 
-	buf *pieceBuffers // content, from off on; nil where nothing is copied
+	buf    *pieceBuffers // content, from off on; nil where nothing is copied
+	loaded bool          // the content was read; else the host copies it
 	// Of an image as target, between place and writeImage:
 	holds []*clusterHold // host clusters set aside
 	owned []guestSpan    // to be written in place
@@ -54,7 +82,7 @@ type scanner struct {
 	cur  *piece // the piece that is being made; nil at the start of a cell
 
 	// The unit that the extents so far end in, if they end within one.
-	open  []guestSpan // what of it would be read
+	open  []sourceRun // what of it would be read
 	zeros int64       // bytes of it that are zeros
 	share int64       // bytes of it that are shared
 	start int64       // its guest offset
@@ -83,7 +111,11 @@ func (c *converter) scan(emit func(*piece) error) error {
 			class = classZero
 		}
 		read := e.Kind != ExtentZero && e.Kind != ExtentUnallocated
-		if err := s.add(guestSpan{e.Off, e.Len}, class, read); err != nil {
+		run := sourceRun{guestSpan: guestSpan{e.Off, e.Len}}
+		if c.offload && e.Kind == ExtentData && e.HostOff >= 0 {
+			run.host, run.hostOff = sourceFile(c.src, e.Depth), e.HostOff
+		}
+		if err := s.add(run, class, read); err != nil {
 			return err
 		}
 	}
@@ -98,20 +130,20 @@ func (c *converter) scan(emit func(*piece) error) error {
 	if c.opts.Zeroes == ZeroesData {
 		class = classCopy
 	}
-	if err := s.add(guestSpan{c.total, c.dst.Size() - c.total}, class, false); err != nil {
+	if err := s.add(sourceRun{guestSpan: guestSpan{c.total, c.dst.Size() - c.total}}, class, false); err != nil {
 		return err
 	}
 	return s.finish()
 }
 
 // add takes the next extent.
-func (s *scanner) add(x guestSpan, class pieceClass, read bool) error {
+func (s *scanner) add(x sourceRun, class pieceClass, read bool) error {
 	unit := s.c.unit
 	for x.n > 0 {
 		k := x.n
 		if in := x.off % unit; in != 0 || k < unit {
 			k = min(k, unit-in)
-			s.addOpen(guestSpan{x.off, k}, class, read)
+			s.addOpen(x.cut(x.off, k), class, read)
 			if (x.off+k)%unit == 0 {
 				if err := s.closeUnit(); err != nil {
 					return err
@@ -119,25 +151,21 @@ func (s *scanner) add(x guestSpan, class pieceClass, read bool) error {
 			}
 		} else {
 			k -= k % unit
-			if err := s.addUnits(guestSpan{x.off, k}, class, readsOf(guestSpan{x.off, k}, read)); err != nil {
+			var reads []sourceRun
+			if read {
+				reads = append(reads, x.cut(x.off, k))
+			}
+			if err := s.addUnits(guestSpan{x.off, k}, class, reads); err != nil {
 				return err
 			}
 		}
-		x.off, x.n = x.off+k, x.n-k
+		x = x.cut(x.off+k, x.n-k)
 	}
 	return nil
 }
 
-// readsOf returns x as what is read, if it is.
-func readsOf(x guestSpan, read bool) []guestSpan {
-	if !read {
-		return nil
-	}
-	return []guestSpan{x}
-}
-
 // addOpen adds a part of a unit.
-func (s *scanner) addOpen(x guestSpan, class pieceClass, read bool) {
+func (s *scanner) addOpen(x sourceRun, class pieceClass, read bool) {
 	if s.n == 0 {
 		s.start = x.off
 	}
@@ -149,7 +177,7 @@ func (s *scanner) addOpen(x guestSpan, class pieceClass, read bool) {
 		s.share += x.n
 	}
 	if read {
-		s.open = appendSpan(s.open, x)
+		s.open = appendRun(s.open, x)
 	}
 }
 
@@ -180,7 +208,7 @@ func appendSpan(spans []guestSpan, x guestSpan) []guestSpan {
 }
 
 // addUnits adds whole units of one class, of which reads are read.
-func (s *scanner) addUnits(x guestSpan, class pieceClass, reads []guestSpan) error {
+func (s *scanner) addUnits(x guestSpan, class pieceClass, reads []sourceRun) error {
 	cell := s.c.piece
 	for x.n > 0 {
 		k := min(x.n, cell-x.off%cell)
@@ -198,10 +226,10 @@ func (s *scanner) addUnits(x guestSpan, class pieceClass, reads []guestSpan) err
 			p.parts = append(p.parts, piecePart{guestSpan{x.off, k}, class})
 		}
 		if class == classCopy {
-			var mine []guestSpan
-			mine, reads = cutSpans(reads, x.off+k)
+			var mine []sourceRun
+			mine, reads = cutRuns(reads, x.off+k)
 			for _, r := range mine {
-				p.reads = appendSpan(p.reads, r)
+				p.reads = appendRun(p.reads, r)
 			}
 		}
 		x.off, x.n = x.off+k, x.n-k
@@ -214,15 +242,15 @@ func (s *scanner) addUnits(x guestSpan, class pieceClass, reads []guestSpan) err
 	return nil
 }
 
-// cutSpans returns what of the spans lies before off, and the rest.
-func cutSpans(spans []guestSpan, off int64) (before, rest []guestSpan) {
-	for i, x := range spans {
+// cutRuns returns what of the runs lies before off, and the rest.
+func cutRuns(runs []sourceRun, off int64) (before, rest []sourceRun) {
+	for i, x := range runs {
 		switch {
 		case x.off >= off:
-			return before, spans[i:]
+			return before, runs[i:]
 		case x.off+x.n > off:
-			before = append(before, guestSpan{x.off, off - x.off})
-			return before, append([]guestSpan{{off, x.off + x.n - off}}, spans[i+1:]...)
+			before = append(before, x.cut(x.off, off-x.off))
+			return before, append([]sourceRun{x.cut(off, x.off+x.n-off)}, runs[i+1:]...)
 		}
 		before = append(before, x)
 	}

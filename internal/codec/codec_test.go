@@ -279,6 +279,44 @@ func TestInflateWindow(t *testing.T) {
 	}
 }
 
+// TestCompressWindow packs with the wide window: payloads reach further back than the narrow one, and unpack to what they were.
+func TestCompressWindow(t *testing.T) {
+	farthest := 0
+	for _, size := range clusterSizes {
+		for _, c := range contents {
+			src := c.cluster(size, 11)
+			dst := make([]byte, size)
+			n, ok, err := CompressWindow(dst, src, Deflate, WideWindow)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !ok {
+				if c.shrinks {
+					t.Errorf("%s of %d bytes does not shrink", c.name, size)
+				}
+				continue
+			}
+			dist, plain, err := walkDeflate(dst[:n])
+			if err != nil || plain != size || dist > WideWindow {
+				t.Fatalf("%s of %d bytes: walked %d bytes, %d back, %v", c.name, size, plain, dist, err)
+			}
+			farthest = max(farthest, dist)
+			got := make([]byte, size)
+			if err := Decompress(got, dst[:n], Deflate); err != nil || !bytes.Equal(got, src) {
+				t.Errorf("%s of %d bytes: differs, or %v", c.name, size, err)
+			}
+		}
+	}
+	if farthest <= WideWindow/2 {
+		t.Errorf("the farthest match is %d bytes back: the contents do not try the window", farthest)
+	}
+	for _, window := range []int{0, 512, NarrowWindow - 1, WideWindow + 1} {
+		if _, _, err := CompressWindow(nil, make([]byte, 512), Deflate, window); !errors.Is(err, ErrWindow) {
+			t.Errorf("window %d: %v, want ErrWindow", window, err)
+		}
+	}
+}
+
 // TestDeflateDistance walks deflate payloads and asks how far they reach back. Encoders are reused
 // between the rounds, because what is left in a pooled one must not matter.
 func TestDeflateDistance(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"runtime"
 	"sync"
@@ -276,6 +277,76 @@ func TestInflateWindow(t *testing.T) {
 	got := make([]byte, len(src))
 	if err := Decompress(got, buf.Bytes(), Deflate); err != nil || !bytes.Equal(got, src) {
 		t.Errorf("differs, or %v", err)
+	}
+}
+
+// inflateByPackage is inflate by package flate.
+func inflateByPackage(dst, src []byte) error {
+	r := flate.NewReader(bytes.NewReader(src))
+	if _, err := io.ReadFull(r, dst); err != nil {
+		return err
+	}
+	for {
+		n, err := r.Read(make([]byte, 1))
+		if n > 0 {
+			return ErrLong
+		}
+		if err != nil {
+			return nil
+		}
+	}
+}
+
+// TestInflateAgrees damages deflate payloads: package flate unpacks the same ones, to the same bytes.
+func TestInflateAgrees(t *testing.T) {
+	const seed = 12
+	rng := rand.New(rand.NewPCG(seed, seed))
+	good, bad := 0, 0
+	for _, c := range contents[:5] {
+		src := c.cluster(4096, 9)
+		for _, level := range []int{flate.HuffmanOnly, flate.NoCompression, 1, 6, 9} {
+			var buf bytes.Buffer
+			w, err := flate.NewWriter(&buf, level)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := w.Write(src); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			for round := range 400 {
+				p := bytes.Clone(buf.Bytes())
+				for range rng.IntN(4) {
+					at := rng.IntN(len(p))
+					if round%2 == 0 {
+						at = rng.IntN(min(len(p), 80)) // the codes are there
+					}
+					p[at] ^= 1 << rng.IntN(8)
+				}
+				p = p[:len(p)-rng.IntN(2)*rng.IntN(len(p))]
+				want, got := make([]byte, len(src)), make([]byte, len(src))
+				wantErr, gotErr := inflateByPackage(want, p), inflate(got, p)
+				if gotErr == nil && wantErr == io.ErrUnexpectedEOF {
+					// It asks for a code more, as long as the longest, where the end of the input cuts the end of the stream.
+					if wantErr = inflateByPackage(want, append(p, 0, 0)); errors.Is(wantErr, ErrLong) {
+						wantErr = nil
+					}
+				}
+				switch {
+				case (wantErr == nil) != (gotErr == nil), wantErr == nil && !bytes.Equal(got, want):
+					t.Fatalf("seed %d, %s, level %d, round %d: %v, want %v (payload %x)", seed, c.name, level, round, gotErr, wantErr, p)
+				case wantErr == nil:
+					good++
+				default:
+					bad++
+				}
+			}
+		}
+	}
+	if good < 100 || bad < 100 {
+		t.Errorf("%d payloads unpack, %d do not: too few to say much", good, bad)
 	}
 }
 

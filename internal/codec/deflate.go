@@ -1,9 +1,7 @@
 package codec
 
 import (
-	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"sync"
 
@@ -89,49 +87,4 @@ func deflateWith(pool *sync.Pool, dst, src []byte) (n int, ok bool) {
 	d.out = boundedWriter{}
 	pool.Put(d)
 	return n, err == nil
-}
-
-// inflater is a pooled deflate decoder. It is used by one goroutine at a time.
-type inflater struct {
-	in    bytes.Reader
-	r     io.ReadCloser // a flate decoder with a 32 KiB window, reading in
-	probe [1]byte       // takes the byte that must not come
-}
-
-// inflaters holds idle *inflater.
-var inflaters = sync.Pool{New: func() any {
-	i := new(inflater)
-	i.r = flate.NewReader(&i.in)
-	return i
-}}
-
-// inflate unpacks src into dst and fills it exactly.
-func inflate(dst, src []byte) error {
-	i := inflaters.Get().(*inflater)
-	defer func() {
-		i.in.Reset(nil)
-		inflaters.Put(i)
-	}()
-	i.in.Reset(src)
-	if err := i.r.(flate.Resetter).Reset(&i.in, nil); err != nil {
-		return fmt.Errorf("deflate: %w", err)
-	}
-	switch n, err := io.ReadFull(i.r, dst); {
-	case err == io.EOF, errors.Is(err, io.ErrUnexpectedEOF):
-		return fmt.Errorf("deflate: %w: %d of %d bytes", ErrShort, n, len(dst))
-	case err != nil:
-		return fmt.Errorf("deflate: %d of %d bytes: %w", n, len(dst), err)
-	}
-	// The cluster is full. An end of the stream, a cut or garbage are all the same from here on;
-	// only one more byte of output is not. A decoder returns 0 and nil never twice in a row here,
-	// but empty blocks may come: each takes input, so this ends.
-	for {
-		n, err := i.r.Read(i.probe[:])
-		if n > 0 {
-			return fmt.Errorf("deflate: %w of %d bytes", ErrLong, len(dst))
-		}
-		if err != nil {
-			return nil
-		}
-	}
 }

@@ -63,7 +63,7 @@ type OpenOptions struct {
 	// image. The header's name is not resolved. An image that names no backing file takes it too, as a
 	// throw-away overlay does; whoever opens it otherwise sees zeros there.
 	Backing Disk
-	// BackingFormat overrides the format that the header gives for its backing file ("qcow2" or "raw").
+	// BackingFormat overrides the format that the header gives for its backing file: "qcow2", "raw", or a ForeignFormat.
 	BackingFormat string
 	// DataFile supplies the external data file. The caller closes it, after the image.
 	DataFile Storage

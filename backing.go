@@ -19,8 +19,8 @@ type Disk interface {
 	Extents(off, n int64) iter.Seq2[Extent, error]
 }
 
-// quietDisk is a Disk of the library that has images below it. Its methods are ReadAt and Extents without the words that
-// every layer would add to an error.
+// quietDisk is a Disk of the library that has images below it. Its methods are ReadAt and Extents without the words
+// that every layer would add to an error.
 type quietDisk interface {
 	readAt(p []byte, off int64) (int, error)
 	extents(off, n int64) iter.Seq2[Extent, error]

@@ -157,8 +157,8 @@ func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
 	}
 }
 
-// extents yields the state of e's range, which the disk above does not hold, one layer deeper. It takes from e what it has
-// yielded. more reports whether to go on.
+// extents yields the state of e's range, which the disk above does not hold, one layer deeper. It takes from e what it
+// has yielded. more reports whether to go on.
 func (b *backing) extents(e *Extent, yield func(Extent, error) bool) (more bool, err error) {
 	if b.missing != nil {
 		return false, b.missing

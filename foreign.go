@@ -11,15 +11,15 @@ import (
 	"github.com/go-qcow2/qcow2/internal/foreign"
 )
 
-// ForeignFormat is an image format other than qcow2 that is read, by the name that QEMU has for it. It is never guessed from
-// the content: see DetectForeign.
+// ForeignFormat is an image format other than qcow2 that is read, by the name that QEMU has for it. It is never guessed
+// from the content: see DetectForeign.
 type ForeignFormat string
 
 const (
 	// ForeignQED is QED, the QEMU enhanced disk, with its backing files.
 	ForeignQED ForeignFormat = "qed"
-	// ForeignVHD is VHD, the virtual hard disk of Virtual PC and Hyper-V, fixed and dynamic; QEMU calls it vpc. It is not
-	// VHDX.
+	// ForeignVHD is VHD, the virtual hard disk of Virtual PC and Hyper-V, fixed and dynamic; QEMU calls it vpc. It is
+	// not VHDX.
 	ForeignVHD ForeignFormat = "vpc"
 	// ForeignVDI is VDI, the virtual disk image of VirtualBox, static and dynamic.
 	ForeignVDI ForeignFormat = "vdi"
@@ -42,8 +42,8 @@ type ForeignInfo struct {
 	// BlockSize is the unit of allocation in bytes: QED's clusters, the blocks of a VDI or a dynamic VHD. 0 for a fixed
 	// VHD, which is stored in one piece.
 	BlockSize int64
-	// BackingFile is the name of the backing file of a QED image, or "". BackingFormat is "raw", or "" if the image does
-	// not tell, as most do not.
+	// BackingFile is the name of the backing file of a QED image, or "". BackingFormat is "raw", or "" if the image
+	// does not tell, as most do not.
 	BackingFile   string
 	BackingFormat string
 	// NeedsCheck tells that a QED image was not closed. It reads as it would after the repair that a writer owes it, by
@@ -56,10 +56,10 @@ type ForeignInfo struct {
 	Locked bool
 }
 
-// DetectForeign returns the format that the magic of a file of size bytes tells. It looks at the first 512 bytes and, for
-// a fixed VHD, at the last 512, where it wants a right checksum. Whoever wrote the content of a raw disk can make it look
-// like any format, and most of all like a fixed VHD: to open a file as what was detected is safe only as long as no other
-// file that it names is opened.
+// DetectForeign returns the format that the magic of a file of size bytes tells. It looks at the first 512 bytes and,
+// for a fixed VHD, at the last 512, where it wants a right checksum. Whoever wrote the content of a raw disk can make
+// it look like any format, and most of all like a fixed VHD: to open a file as what was detected is safe only as long
+// as no other file that it names is opened.
 //
 // Errors: ErrWrongFormat if it is none, and those of r.
 func DetectForeign(r io.ReaderAt, size int64) (ForeignFormat, error) {
@@ -73,8 +73,8 @@ func DetectForeign(r io.ReaderAt, size int64) (ForeignFormat, error) {
 	return ForeignFormat(f), nil
 }
 
-// InspectForeign tells what an image is from its header, and opens no other file. limits may be nil. A header that breaks
-// the format is a *HeaderError, as in OpenForeign. size is the size of the file in bytes.
+// InspectForeign tells what an image is from its header, and opens no other file. limits may be nil. A header that
+// breaks the format is a *HeaderError, as in OpenForeign. size is the size of the file in bytes.
 func InspectForeign(r io.ReaderAt, size int64, format ForeignFormat, limits *Limits) (*ForeignInfo, error) {
 	img, err := readForeign(r, size, format, limits.withDefaults())
 	if err != nil {
@@ -107,7 +107,8 @@ func readForeign(r io.ReaderAt, size int64, format ForeignFormat, limits Limits)
 	if !format.known() {
 		return nil, &OptionError{Option: "format", Value: string(format), Reason: "must be qed, vpc or vdi"}
 	}
-	img, err := foreign.Open(r, size, foreign.Format(format), foreign.Limits{TableBytes: limits.MetadataBytes, VirtualSize: limits.VirtualSize})
+	bounds := foreign.Limits{TableBytes: limits.MetadataBytes, VirtualSize: limits.VirtualSize}
+	img, err := foreign.Open(r, size, foreign.Format(format), bounds)
 	return img, foreignError(err, limits)
 }
 
@@ -156,23 +157,23 @@ var (
 	_ io.Closer = (*ForeignDisk)(nil)
 )
 
-// OpenForeign opens the image of a foreign format in s for reading; s stays the caller's to close after the disk. Such an
-// image can be converted from, in place where it is a Layout, and be the backing file of a qcow2 image.
+// OpenForeign opens the image of a foreign format in s for reading; s stays the caller's to close after the disk. Such
+// an image can be converted from, in place where it is a Layout, and be the backing file of a qcow2 image.
 //
-// The size of a VHD is its current_size if its creator is one of those that mean it so (Hyper-V's "win ", QEMU's "qem2", Disk2vhd's
-// "d2v ", Xen's "tap" and "CTXS"), or its geometry is the largest there is; otherwise it is what the geometry's cylinders,
-// heads and sectors multiply to. QEMU decides in the same way.
+// The size of a VHD is its current_size if its creator is one of those that mean it so (Hyper-V's "win ", QEMU's
+// "qem2", Disk2vhd's "d2v ", Xen's "tap" and "CTXS"), or its geometry is the largest there is; otherwise it is what the
+// geometry's cylinders, heads and sectors multiply to. QEMU decides in the same way.
 //
-// What a dynamic VHD has not written, by the bitmaps of its blocks, reads as zeros. QEMU does not look at them: it sets every bit
-// of a block that it makes.
+// What a dynamic VHD has not written, by the bitmaps of its blocks, reads as zeros. QEMU does not look at them: it sets
+// every bit of a block that it makes.
 //
-// A QED image may name a backing file, for which Resolver, Backing, BackingFormat, NoBacking and Limits count as in Open.
-// It tells its format only if that is raw; otherwise BackingFormat is needed, because formats are never probed. Of
-// the other options Name, Lock and L2CacheBytes (of qcow2 images below) count.
+// A QED image may name a backing file, for which Resolver, Backing, BackingFormat, NoBacking and Limits count as in
+// Open. It tells its format only if that is raw; otherwise BackingFormat is needed, because formats are never probed.
+// Of the other options Name, Lock and L2CacheBytes (of qcow2 images below) count.
 //
-// Errors: *HeaderError of the class ErrWrongFormat, ErrCorrupt, ErrUnsupported (differencing VHD and VDI, which name a parent, among
-// them) or ErrLimit; *OptionError for ReadWrite, CheckOnly, and a Backing for what has none; ErrLocked; those of a backing
-// file as in OpenStorage; and those of the storage. After an error nothing is held.
+// Errors: *HeaderError of the class ErrWrongFormat, ErrCorrupt, ErrUnsupported (differencing VHD and VDI, which name a
+// parent, among them) or ErrLimit; *OptionError for ReadWrite, CheckOnly, and a Backing for what has none; ErrLocked;
+// those of a backing file as in OpenStorage; and those of the storage. After an error nothing is held.
 func OpenForeign(s Storage, format ForeignFormat, opts *OpenOptions) (*ForeignDisk, error) {
 	o := optionsOf(opts)
 	d, err := openForeign(s, format, o, &chain{})
@@ -259,12 +260,12 @@ func (d *ForeignDisk) Info() ForeignInfo { return d.info }
 // Backing returns the disk below a QED image, or nil.
 func (d *ForeignDisk) Backing() Disk { return d.below.disk }
 
-// ReadAt is io.ReaderAt. It returns a nil error whenever it filled p, and io.EOF only when the end of the disk kept it from
-// that.
+// ReadAt is io.ReaderAt. It returns a nil error whenever it filled p, and io.EOF only when the end of the disk kept it
+// from that.
 //
-// Errors: ErrCorrupt for a range whose entries are malformed (other ranges still read), ErrBackingRequired for what a backing
-// file holds that was not opened, ErrRange for a negative offset, io.ErrUnexpectedEOF if the file became shorter since it
-// was opened, fs.ErrClosed, and those of the storage.
+// Errors: ErrCorrupt for a range whose entries are malformed (other ranges still read), ErrBackingRequired for what a
+// backing file holds that was not opened, ErrRange for a negative offset, io.ErrUnexpectedEOF if the file became
+// shorter since it was opened, fs.ErrClosed, and those of the storage.
 func (d *ForeignDisk) ReadAt(p []byte, off int64) (int, error) {
 	n, err := d.readAt(p, off)
 	if err != nil && err != io.EOF {
@@ -321,11 +322,11 @@ func (d *ForeignDisk) readHost(p []byte, off int64) error {
 	return fmt.Errorf("read %d bytes at host %#x: %w", len(p), off, err)
 }
 
-// Extents yields the allocation state of the guest range [off, off+n), cut to the disk, through the whole chain, in runs as
-// long as they are. HostOff is where data is stored, and -1 for all else. What a VHD or VDI has not allocated is
-// ExtentZero, since nothing can lie below it; of a QED image it is the backing file's, or ExtentUnallocated. Where all of the disk has
-// its place in the file, as in a fixed VHD and a static VDI, holes of the file are ExtentZero, as far as the storage
-// tells them.
+// Extents yields the allocation state of the guest range [off, off+n), cut to the disk, through the whole chain, in
+// runs as long as they are. HostOff is where data is stored, and -1 for all else. What a VHD or VDI has not allocated
+// is ExtentZero, since nothing can lie below it; of a QED image it is the backing file's, or ExtentUnallocated. Where
+// all of the disk has its place in the file, as in a fixed VHD and a static VDI, holes of the file are ExtentZero, as
+// far as the storage tells them.
 //
 // A damaged image may name one host range for several guest ranges.
 //
@@ -405,8 +406,8 @@ func (d *ForeignDisk) dataExtents(e Extent, yield func(Extent, error) bool) (mor
 	return true, nil
 }
 
-// Close waits for reads in flight and gives back what the disk holds: the lock of its storage, and the files below it that
-// the library opened. A second Close is fs.ErrClosed.
+// Close waits for reads in flight and gives back what the disk holds: the lock of its storage, and the files below it
+// that the library opened. A second Close is fs.ErrClosed.
 func (d *ForeignDisk) Close() error {
 	if d.closed.Swap(true) {
 		return fmt.Errorf("qcow2: close: %w", fs.ErrClosed)

@@ -31,8 +31,8 @@ func (im *foreignImage) storage(t testing.TB) *MemoryStorage {
 	return s
 }
 
-// TestForeignBacking opens QED images over others: by the resolver, by the caller, without. The rules are those of qcow2
-// images: no format is probed, no chain is too deep or meets a file twice.
+// TestForeignBacking opens QED images over others: by the resolver, by the caller, without. The rules are those of
+// qcow2 images: no format is probed, no chain is too deep or meets a file twice.
 func TestForeignBacking(t *testing.T) {
 	base := NewMemoryStorage()
 	if _, err := base.WriteAt(bytes.Repeat([]byte("base"), 3000), 0); err != nil {

@@ -150,7 +150,8 @@ func TestForeignDamagedHeader(t *testing.T) {
 	}
 }
 
-// TestForeignDamagedTable breaks entries of tables. The range that they map is ErrCorrupt, at the entry; all else reads.
+// TestForeignDamagedTable breaks entries of tables. The range that they map is ErrCorrupt, at the entry; all else
+// reads.
 func TestForeignDamagedTable(t *testing.T) {
 	tests := []struct {
 		name     string
@@ -250,8 +251,8 @@ func TestForeignNeedsCheck(t *testing.T) {
 	}
 }
 
-// TestForeignSparseClaims opens images in sparse storages of many TiB whose headers claim tables as large as can be: little
-// memory is used, whatever is read.
+// TestForeignSparseClaims opens images in sparse storages of many TiB whose headers claim tables as large as can be:
+// little memory is used, whatever is read.
 func TestForeignSparseClaims(t *testing.T) {
 	tests := []struct {
 		image string

@@ -7,9 +7,9 @@ import (
 	"testing"
 )
 
-// FuzzForeign opens whatever it is given as each of the formats, and reads it: nothing may panic, hang, or allocate out of
-// proportion. Extents are runs without gaps, what is read is what they say, and neither depends on the size of the cache
-// or of the requests.
+// FuzzForeign opens whatever it is given as each of the formats, and reads it: nothing may panic, hang, or allocate out
+// of proportion. Extents are runs without gaps, what is read is what they say, and neither depends on the size of the
+// cache or of the requests.
 func FuzzForeign(f *testing.F) {
 	for _, build := range foreignImages {
 		f.Add(build().file)
@@ -54,8 +54,8 @@ func FuzzForeign(f *testing.F) {
 	})
 }
 
-// fuzzForeignExtents walks the first extents of d, which lies in the file b, and compares what is read of them, by small,
-// which is the same disk.
+// fuzzForeignExtents walks the first extents of d, which lies in the file b, and compares what is read of them, by
+// small, which is the same disk.
 func fuzzForeignExtents(t *testing.T, d, small *ForeignDisk, b []byte) {
 	next, count := int64(0), 0
 	for e, err := range d.Extents(0, d.Size()) {

@@ -75,8 +75,8 @@ func TestForeignQEMU(t *testing.T) {
 	t.Logf("%d extents compared", total)
 }
 
-// compareForeign compares the image with the raw file, which holds what qemu-img reads, and with qemu-img map. It returns
-// the number of extents.
+// compareForeign compares the image with the raw file, which holds what qemu-img reads, and with qemu-img map. It
+// returns the number of extents.
 func compareForeign(t *testing.T, format ForeignFormat, image, raw string) int {
 	t.Helper()
 	s, err := OpenFileStorage(image, os.O_RDONLY, 0)
@@ -137,8 +137,8 @@ func compareForeign(t *testing.T, format ForeignFormat, image, raw string) int {
 	return n
 }
 
-// checkForeignExtents checks that extents are runs without gaps, joined, whose data is where they say, and that the rest
-// reads as zeros. file and disk are the contents of both. It returns their number.
+// checkForeignExtents checks that extents are runs without gaps, joined, whose data is where they say, and that the
+// rest reads as zeros. file and disk are the contents of both. It returns their number.
 func checkForeignExtents(t *testing.T, d Disk, file, disk []byte) int {
 	t.Helper()
 	list := extentsList(t, d)
@@ -188,8 +188,8 @@ func makeFileSystem(t testing.TB, name string, size int64) {
 	}
 }
 
-// makePattern makes a raw disk of size bytes with runs pieces of random data in random places, some of whose sectors are
-// zeros.
+// makePattern makes a raw disk of size bytes with runs pieces of random data in random places, some of whose sectors
+// are zeros.
 func makePattern(t testing.TB, name string, size int64, runs int) {
 	t.Helper()
 	f, err := os.Create(name)

@@ -29,7 +29,8 @@ const (
 	slotZero = -2 // zeros
 )
 
-// foreignSlots are the blocks of a foreignImage: runs in the file, forwards and backwards, and blocks that are not there.
+// foreignSlots are the blocks of a foreignImage: runs in the file, forwards and backwards, and blocks that are not
+// there.
 var foreignSlots = []int{3, slotNone, slotZero, 0, 1, slotNone, slotNone, 5, 4, 2}
 
 // newForeign fills in disk and extents for blocks of the given size, the last of which is cut by tail bytes. place

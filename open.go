@@ -473,7 +473,8 @@ func openBacking(h *header, o OpenOptions, c *chain) (b backing, err error) {
 	return openNamed(h.backingName, h.backingFormat, o, c)
 }
 
-// openNamed opens the backing file that the image at the chain's end names, of the given format as far as the image tells.
+// openNamed opens the backing file that the image at the chain's end names, of the given format as far as the image
+// tells.
 func openNamed(name, format string, o OpenOptions, c *chain) (b backing, err error) {
 	if o.BackingFormat != "" && c.depth == 1 {
 		format = o.BackingFormat

@@ -194,7 +194,7 @@ func (k FileKind) String() string {
 type FileRef struct {
 	Image    string   // name of the image that holds the reference
 	Name     string   // the file's name as it stands in the image: untrusted
-	Format   string   // its format as far as the image or the options tell: "qcow2", "raw" or ""
+	Format   string   // its format as far as the image or the options tell: "qcow2", "raw", a ForeignFormat or ""
 	Kind     FileKind // what it is for
 	Writable bool     // whether writing is wanted: data files of a writable image, the backing file that Commit writes
 }

@@ -105,8 +105,8 @@ func checkCommand() *cobra.Command {
 	return cmd
 }
 
-// refuseCheck returns the error of a check of the named file, which is no qcow2 image: a raw file has nothing to check, and
-// other images are not checked; unless not even opening it succeeds.
+// refuseCheck returns the error of a check of the named file, which is no qcow2 image: a raw file has nothing to check,
+// and other images are not checked; unless not even opening it succeeds.
 func refuseCheck(name string, opts disk.Options) error {
 	if disk.IsForeign(opts.Format) {
 		if _, err := inspectForeign(name, opts); err != nil {

@@ -10,7 +10,8 @@ import (
 	"github.com/go-qcow2/qcow2/internal/qemutest"
 )
 
-// TestForeign describes, maps and converts images of the formats that are read only, as qemu-img does, with -f and without.
+// TestForeign describes, maps and converts images of the formats that are read only, as qemu-img does, with -f and
+// without.
 func TestForeign(t *testing.T) {
 	qemutest.Require(t)
 	tests := []struct {

@@ -72,7 +72,8 @@ func openQED(f *file, limits Limits) (*Image, error) {
 	case features&^qedKnown != 0:
 		return nil, fieldErr("features", features, ErrUnsupported, "no bits but %#x", qedKnown)
 	case cluster < qedMinCluster || cluster > qedMaxCluster || cluster&(cluster-1) != 0:
-		return nil, fieldErr("cluster_size", cluster, ErrCorrupt, "a power of two from %d to %d", qedMinCluster, qedMaxCluster)
+		return nil, fieldErr("cluster_size", cluster, ErrCorrupt,
+			"a power of two from %d to %d", qedMinCluster, qedMaxCluster)
 	case table < 1 || table > qedMaxTable || table&(table-1) != 0:
 		return nil, fieldErr("table_size", table, ErrCorrupt, "a power of two from 1 to %d", qedMaxTable)
 	case header < 1 || uint64(header)*uint64(cluster) >= 1<<32:
@@ -96,7 +97,8 @@ func openQED(f *file, limits Limits) (*Image, error) {
 	case l1 < q.headerBytes:
 		return nil, fieldErr("l1_table_offset", l1, ErrCorrupt, "at least %#x, behind the header", q.headerBytes)
 	case !f.holds(l1, q.tableBytes):
-		return nil, fieldErr("l1_table_offset", l1, ErrCorrupt, "such that a table of %#x bytes lies within the file of %#x",
+		return nil, fieldErr("l1_table_offset", l1, ErrCorrupt,
+			"such that a table of %#x bytes lies within the file of %#x",
 			q.tableBytes, f.size)
 	}
 	if err := checkSize("image_size", size, limits); err != nil {
@@ -120,7 +122,8 @@ func (q *qed) backingName(off, n uint32) (string, error) {
 	case n > qedMaxBacking:
 		return "", fieldErr("backing_filename_size", n, ErrUnsupported, "at most %d", qedMaxBacking)
 	case uint64(off)+uint64(n) > q.headerBytes:
-		return "", fieldErr("backing_filename_offset", off, ErrCorrupt, "such that %d bytes end within the header of %#x", n, q.headerBytes)
+		return "", fieldErr("backing_filename_offset", off, ErrCorrupt,
+			"such that %d bytes end within the header of %#x", n, q.headerBytes)
 	}
 	b, err := q.headerAt(int64(off), int(n))
 	if err != nil {
@@ -223,7 +226,7 @@ func (q *qed) beyond(off, n uint64) bool {
 // misplaced returns the error of an entry of a table, at host offset at.
 func (q *qed) misplaced(table string, entry, at uint64, off int64) error {
 	return &EntryError{
-		What:     fmt.Sprintf("%s entry %#x is not a cluster behind the header and the L1 table within the file of %#x", table, entry, q.size),
+		What:     fmt.Sprintf("%s entry %#x is not a cluster behind the header in the file of %#x", table, entry, q.size),
 		HostOff:  int64(at),
 		GuestOff: off,
 	}

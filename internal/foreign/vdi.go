@@ -67,11 +67,12 @@ func openVDI(f *file, limits Limits) (*Image, error) {
 	)
 	switch {
 	case signature != vdiSignature:
-		return nil, fieldErr("signature", signature, ErrWrongFormat, "%#x", vdiSignature)
+		return nil, fieldErr("signature", uint64(signature), ErrWrongFormat, "%#x", uint64(vdiSignature))
 	case version != vdiVersion:
-		return nil, fieldErr("version", version, ErrUnsupported, "%#x", vdiVersion)
+		return nil, fieldErr("version", uint64(version), ErrUnsupported, "%#x", vdiVersion)
 	case typ == vdiUndo || typ == vdiDifferencing:
-		return nil, fieldErr("image_type", typ, ErrUnsupported, "%d (dynamic) or %d (static), not undo or differencing", vdiDynamic, vdiStatic)
+		return nil, fieldErr("image_type", typ, ErrUnsupported,
+			"%d (dynamic) or %d (static), not undo or differencing", vdiDynamic, vdiStatic)
 	case typ != vdiDynamic && typ != vdiStatic:
 		return nil, fieldErr("image_type", typ, ErrCorrupt, "%d (dynamic) or %d (static)", vdiDynamic, vdiStatic)
 	case sectors != sector:
@@ -81,9 +82,11 @@ func openVDI(f *file, limits Limits) (*Image, error) {
 	case extra != 0:
 		return nil, fieldErr("block_extra", extra, ErrUnsupported, "0")
 	case !isZero(b[vdiLinkAt : vdiLinkAt+16]):
-		return nil, fieldErr("uuid_link", uuid(b[vdiLinkAt:]), ErrUnsupported, "none: an image that has another one below it")
+		return nil, fieldErr("uuid_link", uuid(b[vdiLinkAt:]), ErrUnsupported,
+			"none: an image that has another one below it")
 	case !isZero(b[vdiParentAt : vdiParentAt+16]):
-		return nil, fieldErr("uuid_parent", uuid(b[vdiParentAt:]), ErrUnsupported, "none: an image that has another one below it")
+		return nil, fieldErr("uuid_parent", uuid(b[vdiParentAt:]), ErrUnsupported,
+			"none: an image that has another one below it")
 	case size > math.MaxInt64-sector:
 		return nil, fieldErr("disk_size", size, ErrUnsupported, "at most %#x", uint64(math.MaxInt64&^(sector-1)))
 	case uint64(blocks) < size>>bits.TrailingZeros32(block) || uint64(blocks)*uint64(block) < size:
@@ -92,9 +95,11 @@ func openVDI(f *file, limits Limits) (*Image, error) {
 	case mapOff < vdiHeaderSize || mapOff%sector != 0:
 		return nil, fieldErr("offset_bmap", mapOff, ErrCorrupt, "a multiple of %d behind the header", sector)
 	case !f.holds(uint64(mapOff), bytes):
-		return nil, fieldErr("offset_bmap", mapOff, ErrCorrupt, "such that a map of %#x bytes lies within the file of %#x", bytes, f.size)
+		return nil, fieldErr("offset_bmap", mapOff, ErrCorrupt,
+			"such that a map of %#x bytes lies within the file of %#x", bytes, f.size)
 	case uint64(data) < uint64(mapOff)+bytes || data%sector != 0:
-		return nil, fieldErr("offset_data", data, ErrCorrupt, "a multiple of %d behind the block map, which ends at %#x", sector, uint64(mapOff)+bytes)
+		return nil, fieldErr("offset_data", data, ErrCorrupt,
+			"a multiple of %d behind the block map, which ends at %#x", sector, uint64(mapOff)+bytes)
 	}
 	size = (size + sector - 1) &^ (sector - 1) // VBoxManage makes images of any size
 	if err := checkSize("disk_size", size, limits); err != nil {
@@ -162,7 +167,8 @@ func (v *vdi) lookup(off, n int64) (Run, error) {
 	return r, nil
 }
 
-// entry decodes the entry that b begins with, which maps the block of off. It is ok unless the block is not in the file.
+// entry decodes the entry that b begins with, which maps the block of off. It is ok unless the block is not in the
+// file.
 func (v *vdi) entry(b []byte, off int64) (kind Kind, host int64, ok bool) {
 	switch e := le.Uint32(b); e {
 	case vdiUnallocated, vdiDiscarded:

@@ -6,12 +6,11 @@ import (
 	"strings"
 )
 
-// VHD, by Microsoft's "Virtual Hard Disk Image Format Specification" 1.0: numbers are big-endian. The last 512 bytes
-// of the file are the footer. A fixed disk has its content in front of that. A dynamic one has a copy of the footer at
-// the start, a header, and the block allocation table: for each block the sector of the file where its
-// bitmap begins, with a bit for each sector of the block, the most significant bit of the first byte for the first sector,
-// set where the block's data, which comes after the bitmap, has that sector. Sectors whose bit is clear were never
-// written.
+// VHD, by Microsoft's "Virtual Hard Disk Image Format Specification" 1.0: numbers are big-endian. The last 512 bytes of
+// the file are the footer. A fixed disk has its content in front of that. A dynamic one has a copy of the footer at the
+// start, a header, and the block allocation table: for each block the sector of the file where its bitmap begins, with
+// a bit for each sector of the block, the most significant bit of the first byte for the first sector, set where the
+// block's data, which comes after the bitmap, has that sector. Sectors whose bit is clear were never written.
 const (
 	vhdCookie     = "conectix"
 	vhdFooterSize = 512
@@ -67,8 +66,8 @@ func vhdChecksum(b []byte, at int) uint32 {
 
 // vhdBySize are the creators whose current_size is the size of the disk. To all others, Virtual PC above all, it is
 // what cylinders, heads and sectors multiply to, and current_size may be larger; but for the largest geometry, which
-// stands for any disk beyond. QEMU decides so, by the same creators (found by trying); it writes "qemu", and "qem2" with
-// force_size.
+// stands for any disk beyond. QEMU decides so, by the same creators (found by trying); it writes "qemu", and "qem2"
+// with force_size.
 var vhdBySize = []string{"win ", "qem2", "d2v ", "tap\x00", "CTXS"}
 
 // size returns the size of the disk in bytes, and the field that tells.
@@ -88,9 +87,9 @@ func (b vhdFooter) size() (field string, size uint64) {
 
 // vhdReadFooter returns the footer of a VHD.
 //
-// The one at the end counts. The copy at the start stands in for it where that is broken, as a dynamic disk may be left by a
-// crash. It does not count before it, although QEMU looks at it first: of a fixed disk the start is the guest's, who
-// could write a footer there.
+// The one at the end counts. The copy at the start stands in for it where that is broken, as a dynamic disk may be left
+// by a crash. It does not count before it, although QEMU looks at it first: of a fixed disk the start is the guest's,
+// who could write a footer there.
 func vhdReadFooter(f *file) (vhdFooter, error) {
 	b, err := f.headerAt(0, vhdFooterSize)
 	if err != nil {
@@ -111,7 +110,8 @@ func vhdReadFooter(f *file) (vhdFooter, error) {
 	}
 	for _, b := range []vhdFooter{tail, head} {
 		if string(b[:len(vhdCookie)]) == vhdCookie {
-			return nil, fieldErr("checksum", be.Uint32(b[vhdChecksumAt:]), ErrCorrupt, "%d", vhdChecksum(b, vhdChecksumAt))
+			return nil, fieldErr("checksum", be.Uint32(b[vhdChecksumAt:]), ErrCorrupt,
+				"%d", vhdChecksum(b, vhdChecksumAt))
 		}
 	}
 	return nil, fieldErr("cookie", fmt.Sprintf("%q", tail[:len(vhdCookie)]), ErrWrongFormat, "%q", vhdCookie)
@@ -124,7 +124,7 @@ func openVHD(f *file, limits Limits) (*Image, error) {
 		return nil, err
 	}
 	if v := be.Uint32(b[vhdVersionAt:]); v>>16 != vhdMajor {
-		return nil, fieldErr("file_format_version", v, ErrUnsupported, "%#x", vhdMajor<<16)
+		return nil, fieldErr("file_format_version", uint64(v), ErrUnsupported, "%#x", vhdMajor<<16)
 	}
 	field, size := b.size()
 	if claimed := be.Uint64(b[vhdCurrentSizeAt:]); size == 0 && claimed >= sector {
@@ -134,7 +134,8 @@ func openVHD(f *file, limits Limits) (*Image, error) {
 	if err := checkSize(field, size, limits); err != nil {
 		return nil, err
 	}
-	img := &Image{Info: Info{Size: int64(size), Creator: strings.TrimRight(string(b[vhdCreatorAt:vhdCreatorAt+4]), "\x00 ")}}
+	creator := strings.TrimRight(string(b[vhdCreatorAt:vhdCreatorAt+4]), "\x00 ")
+	img := &Image{Info: Info{Size: int64(size), Creator: creator}}
 	switch typ := be.Uint32(b[vhdTypeAt:]); typ {
 	case vhdFixed:
 		if most := f.size - vhdFooterSize; int64(size) > most {
@@ -148,7 +149,8 @@ func openVHD(f *file, limits Limits) (*Image, error) {
 		}
 		img.Subformat, img.BlockSize, img.m = "dynamic", 1<<v.blockBits, v
 	case vhdDifferencing:
-		return nil, fieldErr("disk_type", typ, ErrUnsupported, "%d (fixed) or %d (dynamic), not differencing", vhdFixed, vhdDynamic)
+		return nil, fieldErr("disk_type", typ, ErrUnsupported,
+			"%d (fixed) or %d (dynamic), not differencing", vhdFixed, vhdDynamic)
 	default:
 		return nil, fieldErr("disk_type", typ, ErrCorrupt, "%d (fixed) or %d (dynamic)", vhdFixed, vhdDynamic)
 	}
@@ -174,7 +176,8 @@ type vhd struct {
 // openDynamicVHD reads and checks the header of a dynamic VHD, at host offset off.
 func openDynamicVHD(f *file, off uint64, disk int64, limits Limits) (*vhd, error) {
 	if off < vhdFooterSize || !f.holds(off, vhdHeaderSize) {
-		return nil, fieldErr("data_offset", off, ErrCorrupt, "behind the copy of the footer, %d bytes before the end of the file of %#x at least",
+		return nil, fieldErr("data_offset", off, ErrCorrupt,
+			"behind the copy of the footer, %d bytes before the end of the file of %#x at least",
 			vhdHeaderSize, f.size)
 	}
 	b, err := f.headerAt(int64(off), vhdHeaderSize)
@@ -191,18 +194,20 @@ func openDynamicVHD(f *file, off uint64, disk int64, limits Limits) (*vhd, error
 	)
 	switch {
 	case string(b[:len(vhdHeaderCookie)]) != vhdHeaderCookie:
-		return nil, fieldErr("header cookie", fmt.Sprintf("%q", b[:len(vhdHeaderCookie)]), ErrCorrupt, "%q", vhdHeaderCookie)
+		return nil, fieldErr("header cookie", fmt.Sprintf("%q", b[:len(vhdHeaderCookie)]), ErrCorrupt,
+			"%q", vhdHeaderCookie)
 	case sum != vhdChecksum(b, vhdHeaderChecksumAt):
 		return nil, fieldErr("header checksum", sum, ErrCorrupt, "%d", vhdChecksum(b, vhdHeaderChecksumAt))
 	case version>>16 != vhdMajor:
-		return nil, fieldErr("header_version", version, ErrUnsupported, "%#x", vhdMajor<<16)
+		return nil, fieldErr("header_version", uint64(version), ErrUnsupported, "%#x", vhdMajor<<16)
 	case block < sector || block&(block-1) != 0:
 		return nil, fieldErr("block_size", block, ErrCorrupt, "a power of two from %d on", sector)
 	case uint64(entries)*uint64(block) < uint64(disk):
 		return nil, fieldErr("max_table_entries", entries, ErrCorrupt, "at least %d for a disk of %#x bytes",
 			(uint64(disk)+uint64(block)-1)/uint64(block), disk)
 	case table < vhdFooterSize || !f.holds(table, bytes):
-		return nil, fieldErr("table_offset", table, ErrCorrupt, "such that a table of %#x bytes lies within the file of %#x", bytes, f.size)
+		return nil, fieldErr("table_offset", table, ErrCorrupt,
+			"such that a table of %#x bytes lies within the file of %#x", bytes, f.size)
 	case table < off+vhdHeaderSize && off < table+bytes:
 		return nil, fieldErr("table_offset", table, ErrCorrupt, "beside the header, %#x to %#x", off, off+vhdHeaderSize)
 	}
@@ -230,7 +235,8 @@ func (v *vhd) lookup(off, n int64) (Run, error) {
 	have := block - in
 	e := be.Uint32(b)
 	if e == vhdUnallocated {
-		for b = b[vhdEntrySize:]; have < n && len(b) >= vhdEntrySize && be.Uint32(b) == vhdUnallocated; b = b[vhdEntrySize:] {
+		for have < n && len(b) >= 2*vhdEntrySize && be.Uint32(b[vhdEntrySize:]) == vhdUnallocated {
+			b = b[vhdEntrySize:]
 			have += block
 		}
 		return Run{Kind: Zero, Len: min(n, have)}, nil
@@ -239,7 +245,7 @@ func (v *vhd) lookup(off, n int64) (Run, error) {
 	need := v.bitmapBytes + uint64(min(block, v.disk-(off-in)))
 	if !v.places(host, need) {
 		return Run{}, &EntryError{
-			What:     fmt.Sprintf("block allocation table entry %#x is not the sector of a block beside the metadata within the file of %#x", e, v.size),
+			What:     fmt.Sprintf("block allocation table entry %#x is not the sector of a block in the file of %#x", e, v.size),
 			HostOff:  int64(v.table + i*vhdEntrySize),
 			GuestOff: off,
 		}

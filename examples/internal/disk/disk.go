@@ -36,9 +36,9 @@ func RoundUp(size int64) int64 { return (size + sector - 1) &^ (sector - 1) }
 // MaxSize is the largest size of a disk in bytes.
 const MaxSize = 1<<63 - sector
 
-// Detect returns the format of the named file as its magic tells, which is in its first bytes or, of a fixed VHD, in its
-// last ones; Raw if none is there. Whoever wrote the file chooses the answer, so an image that was found in this way is
-// opened without the files that it names.
+// Detect returns the format of the named file as its magic tells, which is in its first bytes or, of a fixed VHD, in
+// its last ones; Raw if none is there. Whoever wrote the file chooses the answer, so an image that was found in this
+// way is opened without the files that it names.
 func Detect(name string) (format string, err error) {
 	s, err := qcow2.OpenFileStorage(name, os.O_RDONLY, 0)
 	if err != nil {

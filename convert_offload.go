@@ -25,6 +25,12 @@ func sourceFile(d Disk, depth int) *FileStorage {
 		}
 		s, _ := d.data.s.(*FileStorage)
 		return s
+	case *ForeignDisk:
+		if depth > 0 {
+			return sourceFile(d.below.disk, depth-1)
+		}
+		s, _ := d.host.s.(*FileStorage)
+		return s
 	case *RawDisk:
 		s, _ := d.s.(*FileStorage)
 		return s

@@ -211,6 +211,8 @@ func diskUses(d Disk, ids []any) bool {
 		return in(d.host.s) || in(d.data.s) || diskUses(d.below.disk, ids)
 	case *SnapshotDisk:
 		return diskUses(d.img, ids)
+	case *ForeignDisk:
+		return in(d.host.s) || diskUses(d.below.disk, ids)
 	case *RawDisk:
 		return in(d.s)
 	case *ownedRaw:

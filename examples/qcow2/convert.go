@@ -27,7 +27,7 @@ type convertFlags struct {
 // convertCommand is "convert": a disk into a new file of either format, or into a disk that is there.
 func convertCommand() *cobra.Command {
 	var (
-		source sourceFlags
+		source = sourceFlags{reads: true}
 		f      convertFlags
 	)
 	cmd := &cobra.Command{
@@ -67,6 +67,7 @@ func convertCommand() *cobra.Command {
 		},
 	}
 	source.add(cmd)
+	source.addBackingFormat(cmd)
 	f.add(cmd)
 	cmd.Flags().StringVarP(&source.snapshot, "snapshot", "l", "", "convert an internal snapshot: ID_OR_NAME, or snapshot.id=ID,snapshot.name=NAME")
 	return cmd
@@ -79,7 +80,7 @@ func (f *convertFlags) add(cmd *cobra.Command) {
 	cmd.Flags().BoolVarP(&f.bar, "progress", "p", false, "show progress")
 	cmd.Flags().StringArrayVarP(&f.options, "options", "o", nil, "options of the output's format: a=b,c=d (or help)")
 	cmd.Flags().StringVarP(&f.backing, "backing", "B", "", "backing file of the output, with the content of that of the input: it is not copied")
-	cmd.Flags().StringVarP(&f.backingFormat, "backing-format", "F", "", "format of the backing file")
+	cmd.Flags().StringVarP(&f.backingFormat, "target-backing-format", "F", "", "format of the backing file of the output")
 	cmd.Flags().StringVarP(&f.sparse, "sparse-size", "S", "", "bytes of zeros that become a hole, a multiple of 512 up to 1M (default 4k); 0: none does")
 	cmd.Flags().BoolVarP(&f.existing, "no-create", "n", false, "write into the output that is there")
 	cmd.Flags().BoolVar(&f.isZero, "target-is-zero", false, "the output that is there reads as zeros")

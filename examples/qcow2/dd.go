@@ -22,7 +22,7 @@ type ddOperands struct {
 // ddCommand is "dd": a part of a disk into a new file.
 func ddCommand() *cobra.Command {
 	var (
-		source sourceFlags
+		source = sourceFlags{reads: true}
 		format string
 	)
 	cmd := &cobra.Command{

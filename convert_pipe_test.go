@@ -3,10 +3,13 @@ package qcow2
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"sync/atomic"
@@ -493,5 +496,60 @@ func TestConvertRate(t *testing.T) {
 	src := &sparseDisk{content: content, onRead: func(int64) { cancel() }}
 	if err := Convert(ctx, tt.make(t, 3<<20, nil).dst, src, &ConvertOptions{Rate: 1}); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, want context.Canceled", err)
+	}
+}
+
+// madeDisk is a Disk whose content is made when it is read, and costs no memory.
+type madeDisk struct{ size int64 }
+
+// Size returns the size.
+func (d madeDisk) Size() int64 { return d.size }
+
+// ReadAt makes bytes that pack to a half or so.
+func (d madeDisk) ReadAt(p []byte, off int64) (int, error) {
+	rng := rand.New(rand.NewPCG(uint64(off), 1))
+	for i := 0; i+8 <= len(p); i += 8 {
+		binary.LittleEndian.PutUint64(p[i:], rng.Uint64()&0x0f0f0f0f0f0f0f0f)
+	}
+	return len(p), nil
+}
+
+// Extents says that all of it is data.
+func (d madeDisk) Extents(off, n int64) iter.Seq2[Extent, error] {
+	return func(yield func(Extent, error) bool) {
+		yield(Extent{Off: off, Len: min(n, d.size-off), Kind: ExtentData, HostOff: -1}, nil)
+	}
+}
+
+// TestConvertMemory converts with the largest clusters, and more workers than there may be: memory is bounded.
+func TestConvertMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("in full runs only")
+	}
+	const most = 256 << 20
+	for _, o := range []CreateOptions{{ClusterSize: 2 << 20}, {ClusterSize: 2 << 20, Compression: CompressionZstd}, {}} {
+		for _, compress := range []bool{false, true} {
+			runtime.GC()
+			var before, m runtime.MemStats
+			runtime.ReadMemStats(&before)
+			peak := uint64(0)
+			opts := &ConvertFileOptions{Create: &o}
+			opts.Compress, opts.Workers = compress, 1000
+			opts.Progress = func(int64, int64) {
+				runtime.ReadMemStats(&m)
+				peak = max(peak, m.HeapInuse)
+			}
+			name := filepath.Join(t.TempDir(), "image")
+			if err := ConvertFile(t.Context(), name, madeDisk{96 << 20}, opts); err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("clusters of %d KiB, %v, compressed %t: %d MiB at the most", o.ClusterSize>>10, o.Compression, compress, peak>>20)
+			if peak > before.HeapInuse+most {
+				t.Errorf("%d bytes of memory, %d before", peak, before.HeapInuse)
+			}
+			if err := os.Remove(name); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }

@@ -15,11 +15,12 @@ type StreamOptions struct {
 	// refused: the first has no place for what follows later, the others are not one stream. Open and Overwrite
 	// are not looked at. With ExtendedL2 the subclusters of a cluster are all allocated or none.
 	Create *CreateOptions
-	// BackingDepth is where, in the chain of the source, the layers begin that the stream's backing file
-	// (Create.BackingFile) stands for: what only they hold is left out, and zeros above them hide them. Default 1:
-	// the source's own backing file and what is below. It needs Create.BackingFile, which nobody opens: that it
-	// reads as those layers do is the caller's promise.
-	BackingDepth int
+	// SharedDepth, if positive, says that the layers of the source at that depth and below (Extent.Depth) are what
+	// the stream's backing file holds, too: what only they hold is left out. It needs Create.BackingFile, which
+	// nobody opens: that it reads as those layers do is the caller's promise. With a backing file all other zeros
+	// become zero clusters, which hide it, or, in version 2, which has none, plain ones. A cluster that is shared in
+	// a part is written whole. Default 0: nothing is shared.
+	SharedDepth int
 	// FindZeros leaves out clusters that hold zeros, at the cost of a second pass over all data. Without it, and
 	// without Compress, which looks for them anyway, what the source's extents call data is written.
 	FindZeros bool
@@ -59,7 +60,7 @@ const streamChunk = 1 << 20
 //
 // Memory does not depend on the amount of data: Workers+2 pieces of 1 MiB (of a cluster, if that is 2 MiB), twice
 // that with Compress; 1 MiB before w; a table of either kind; up to 4 MiB of plain clusters between compressed ones;
-// and of the tables one bit for each L1 entry, or, where the content decides, 8 bytes for each L2 table and each
+// and of the tables one bit for each L1 entry, or, where the content decides, 8 bytes, 32 MiB at most, and 8 for each
 // refcount block. w gets pieces of 1 MiB, the last one aside.
 //
 // src may not change meanwhile: what it maps, and with Compress or FindZeros what it holds. That is noticed, as
@@ -142,7 +143,7 @@ func newStreamer(ctx context.Context, src Disk, opts *StreamOptions) (*streamer,
 	}
 	s.r = entryRules{geometry: s.h.geometry(), version2: s.h.version < 3}
 	s.codec = s.h.compression.codecType()
-	s.src = &streamSource{Disk: src, size: uint64(n), r: &s.r, backed: s.h.hasBacking(), depth: max(s.o.BackingDepth, 1)}
+	s.src = &streamSource{Disk: src, size: uint64(n), r: &s.r, backed: s.h.hasBacking(), depth: s.o.SharedDepth}
 	if s.workers = s.o.Workers; s.workers == 0 {
 		s.workers = min(runtime.GOMAXPROCS(0), maxStreamWorkers)
 	}
@@ -165,10 +166,10 @@ func (o *StreamOptions) check(c *CreateOptions) error {
 		return refuse("Preallocation", c.Preallocation, "cannot be streamed: a stream has no room for later")
 	case o.Workers < 0 || o.Workers > maxStreamWorkers:
 		return refuse("Workers", o.Workers, fmt.Sprintf("want 0 to %d", maxStreamWorkers))
-	case o.BackingDepth < 0:
-		return refuse("BackingDepth", o.BackingDepth, "want no negative number")
-	case o.BackingDepth > 0 && c.BackingFile == "":
-		return refuse("BackingDepth", o.BackingDepth, "needs Create.BackingFile")
+	case o.SharedDepth < 0:
+		return refuse("SharedDepth", o.SharedDepth, "want no negative number")
+	case o.SharedDepth > 0 && c.BackingFile == "":
+		return refuse("SharedDepth", o.SharedDepth, "needs Create.BackingFile")
 	}
 	return nil
 }

@@ -18,7 +18,7 @@ type streamSource struct {
 	size   uint64 // of the disk, in bytes
 	r      *entryRules
 	backed bool // the image has a backing file
-	depth  int  // the layers at that depth and below are the backing file's
+	depth  int  // if positive, the layers at that depth and below are the backing file's
 }
 
 // guestRun is a run of guest clusters that have an entry: data, or zeros that hide the backing file.
@@ -39,7 +39,7 @@ const (
 func (s *streamSource) seen(e *Extent) uint8 {
 	zero := e.Kind == ExtentZero || e.Kind == ExtentUnallocated
 	switch {
-	case s.backed && e.Depth >= s.depth:
+	case s.depth > 0 && e.Depth >= s.depth:
 		if zero {
 			return seenNothing
 		}

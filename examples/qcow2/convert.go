@@ -22,7 +22,9 @@ func convertCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "convert [-f FMT] [-O OUTPUT_FMT] [-c] [-p] [-o OPTIONS] [-S SPARSE_SIZE] [-l SNAPSHOT] FILE OUTPUT_FILE",
 		Short: "Convert a disk into another format, replacing an existing file",
-		Args:  cobra.RangeArgs(0, 2), // none with -o help
+		Long: "Convert a disk into another format, replacing an existing file. With the output file - a qcow2 image goes to\n" +
+			"standard output, which may be a pipe; with -c or -S the source is read twice for that.",
+		Args: cobra.RangeArgs(0, 2), // none with -o help
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			if err := checkFormat(to.Format); err != nil {
 				return err
@@ -71,7 +73,12 @@ func convertCommand() *cobra.Command {
 				defer func() { bar.Done(err) }()
 				to.Progress = bar.Update
 			}
-			if err := disk.Convert(cmd.Context(), src, to); err != nil {
+			if args[1] == "-" {
+				err = disk.Stream(cmd.Context(), cmd.OutOrStdout(), src, to)
+			} else {
+				err = disk.Convert(cmd.Context(), src, to)
+			}
+			if err != nil {
 				return fmt.Errorf("convert %s to %s: %w", args[0], args[1], err)
 			}
 			return nil

@@ -114,7 +114,8 @@ type streamer struct {
 	r       entryRules
 	codec   codec.Type
 	workers int
-	total   int64 // for Progress
+	batches []*streamBatch // of each, kept from pass to pass
+	total   int64          // for Progress
 }
 
 // newStreamer checks the options.

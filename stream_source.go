@@ -196,13 +196,16 @@ type streamBatch struct {
 
 // each cuts the runs into batches, has workers fill them in, and takes them in their order. One that holds data gets
 // it by prepare, in a worker's goroutine. At most workers+2 batches are there at a time. It returns after all of its
-// goroutines.
+// goroutines; after an error there is no next call.
 func (s *streamer) each(runs func(context.Context) iter.Seq2[guestRun, error], prepare, take func(*streamBatch) error) error {
 	ctx, cancel := context.WithCancel(s.ctx)
 	n := s.workers + 2
 	free, jobs, order := make(chan *streamBatch, n), make(chan *streamBatch, n), make(chan *streamBatch, n)
-	for range n {
-		free <- &streamBatch{ready: make(chan struct{}, 1)}
+	for len(s.batches) < n {
+		s.batches = append(s.batches, &streamBatch{ready: make(chan struct{}, 1)})
+	}
+	for _, b := range s.batches {
+		free <- b
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()

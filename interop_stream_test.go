@@ -74,7 +74,7 @@ func streamInteropSources(t *testing.T, size int64) map[string]Disk {
 func TestInteropStream(t *testing.T) {
 	qemutest.Require(t)
 	dir := t.TempDir()
-	const size = 5<<20 + 512*3
+	const size = 3<<20 + 512*3
 	ran, stride := 0, 2
 	if testing.Short() {
 		stride = 4

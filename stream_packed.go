@@ -132,7 +132,7 @@ func (s *streamer) packBatch(b *streamBatch) error {
 			n = 0
 		case s.o.Compress:
 			used := len(b.packed)
-			k, ok, err := codec.Compress(b.packed[used:used:used+size-1], p[:size], s.codec)
+			k, ok, err := s.compress(b.packed[used:used:used+size-1], p[:size])
 			if err != nil {
 				return err
 			}
@@ -144,6 +144,11 @@ func (s *streamer) packBatch(b *streamBatch) error {
 		b.sizes = append(b.sizes, n)
 	}
 	return nil
+}
+
+// compress packs a cluster into dst. Equal clusters give equal payloads: the second run relies on it.
+func (s *streamer) compress(dst, cluster []byte) (n int, ok bool, err error) {
+	return codec.Compress(dst, cluster, s.codec)
 }
 
 // take writes, and maps, the clusters of a batch.

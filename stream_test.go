@@ -252,7 +252,11 @@ var streamModes = []struct {
 // same with 1, 2 and 8 workers and from a spool, is sound, reads as the disk and maps what it must.
 func TestStream(t *testing.T) {
 	streams, bytesOut := 0, 0
-	for clusterBits := minClusterBits; clusterBits <= maxClusterBits; clusterBits++ {
+	step := 1
+	if testing.Short() {
+		step = 3
+	}
+	for clusterBits := minClusterBits; clusterBits <= maxClusterBits; clusterBits += step {
 		for i, mode := range streamModes {
 			for _, depth := range []int{0, 1, 2} {
 				if testing.Short() && depth != i%3 {

@@ -16,10 +16,13 @@ import (
 // errStream is the error that the faults of these tests return.
 var errStream = errors.New("injected")
 
+// streamFaultCluster is the cluster size of these tests in bytes.
+const streamFaultCluster = 32 << 10
+
 // streamFaultModes are the modes of the tests, those by content also with a spool.
 func streamFaultModes() (modes []StreamOptions) {
 	for _, mode := range streamModes {
-		o := StreamOptions{Create: &CreateOptions{ClusterSize: 4096}, Workers: 3}
+		o := StreamOptions{Create: &CreateOptions{ClusterSize: streamFaultCluster}, Workers: 3}
 		mode.set(&o)
 		modes = append(modes, o)
 		if o.Compress || o.FindZeros {
@@ -63,7 +66,7 @@ func TestStreamWriter(t *testing.T) {
 	before := runtime.NumGoroutine()
 	runs := 0
 	for _, o := range streamFaultModes() {
-		d := newStreamDisk(rand.New(rand.NewPCG(11, 1)), 2<<20+777, 4096, 0)
+		d := newStreamDisk(rand.New(rand.NewPCG(11, 1)), 2<<20+777, streamFaultCluster, 0)
 		all := &cutWriter{left: 1 << 30}
 		n, err := WriteStream(context.Background(), all, d, &o)
 		if err != nil {
@@ -114,7 +117,7 @@ func TestStreamSourceFaults(t *testing.T) {
 	before := runtime.NumGoroutine()
 	runs := 0
 	for _, o := range streamFaultModes() {
-		d := newStreamDisk(rand.New(rand.NewPCG(12, 1)), 500_000, 4096, 0)
+		d := newStreamDisk(rand.New(rand.NewPCG(12, 1)), 2_000_000, streamFaultCluster, 0)
 		var reads atomic.Int64
 		d.onRead = func(int64) error { reads.Add(1); return nil }
 		d.passes = 0
@@ -168,7 +171,9 @@ func TestStreamSourceFaults(t *testing.T) {
 			t.Errorf("%s: context at its end: %d bytes, %v", streamModeName(&o), n, err)
 		}
 		ctx, cancel = context.WithCancel(context.Background())
-		big := newStreamDisk(rand.New(rand.NewPCG(13, 1)), 8<<20, 4096, 0)
+		noise := make([]byte, 5<<20/2)
+		fillGarbage(noise, 0)
+		big := newTestRaw(t, noise)
 		w := &cutWriter{left: 1 << 30, onWrite: cancel}
 		if n, err := WriteStream(ctx, w, big, &o); !errors.Is(err, context.Canceled) || n != streamChunk {
 			t.Errorf("%s: context ended by the first write: %d bytes, %v", streamModeName(&o), n, err)
@@ -250,7 +255,7 @@ func TestStreamBadExtents(t *testing.T) {
 // TestStreamSourceChanges changes the extents, or the content, before each pass. What comes out is ErrSourceChanged or
 // a sound image, which can only be of a change by which no cluster got another length.
 func TestStreamSourceChanges(t *testing.T) {
-	const size, cluster = 2 << 20, 4096
+	const size, cluster = 512 << 10, streamFaultCluster
 	data := func(at, n int64) Extent { return Extent{Off: at, Len: n, Kind: ExtentData} }
 	hole := func(at, n int64) Extent { return Extent{Off: at, Len: n, Kind: ExtentZero} }
 	was := []Extent{data(0, size/2), hole(size/2, size/2)}

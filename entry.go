@@ -52,6 +52,9 @@ func (r *entryRules) hasCluster(e l2Entry) bool {
 	return e.word&flagCompressed == 0 && (e.hostOff() != 0 || r.external && e.word&flagCopied != 0)
 }
 
+// reserved reports whether e holds a host cluster in which subclusters that are not allocated have their place.
+func (r *entryRules) reserved(e l2Entry) bool { return r.extendedL2 && r.hasCluster(e) }
+
 // kind returns the kind of subcluster sub, or of the whole cluster without extended L2.
 func (r *entryRules) kind(e l2Entry, sub uint64) clusterKind {
 	if e.word&flagCompressed != 0 {

@@ -12,7 +12,7 @@ type ExtentKind uint8
 
 const (
 	ExtentUnallocated ExtentKind = iota // nothing in the whole chain: reads as zeros
-	ExtentZero                          // zero clusters, or holes of a raw file: read as zeros, and hide what lies below
+	ExtentZero                          // zero clusters, or holes of a host file: read as zeros, and hide what lies below
 	ExtentData                          // stored data
 	ExtentCompressed                    // stored data in compressed clusters
 )
@@ -32,17 +32,23 @@ func (k ExtentKind) String() string {
 	return "invalid"
 }
 
+// readsZero reports whether all of the kind reads as zeros.
+func (k ExtentKind) readsZero() bool { return k == ExtentUnallocated || k == ExtentZero }
+
 // Extent is a run of guest bytes of one state.
 type Extent struct {
 	Off, Len int64      // guest range in bytes
 	Kind     ExtentKind // what the range reads as
 	Depth    int        // the layer that decides: 0 is the image itself, 1 its backing file, ...
 	HostOff  int64      // host offset in that layer's file (or data file) where Off is stored, or -1
+	// Hole marks an ExtentZero that a qcow2 image maps as data, and that reads as zeros because its host file has a
+	// hole there: clusters that were preallocated and not written yet. See Image.Extents.
+	Hole bool
 }
 
 // follows reports whether e goes on where x ends, in guest and host.
 func (e *Extent) follows(x *Extent) bool {
-	if e.Off != x.Off+x.Len || e.Kind != x.Kind || e.Depth != x.Depth {
+	if e.Off != x.Off+x.Len || e.Kind != x.Kind || e.Depth != x.Depth || e.Hole != x.Hole {
 		return false
 	}
 	if e.HostOff < 0 || x.HostOff < 0 {
@@ -53,7 +59,17 @@ func (e *Extent) follows(x *Extent) bool {
 
 // Extents yields the allocation state of the guest range [off, off+n), cut to the disk, through the whole
 // chain, in runs as long as they are. No lock is held while it yields; of a range that changes meanwhile it
-// tells the state before or after. HostOff of a zero extent is that of the host cluster it keeps, if any.
+// tells the state before or after. HostOff of a zero extent is that of the host cluster it keeps, if any, and so is that
+// of subclusters that nobody holds, in a cluster that has its place.
+//
+// The tables of long ranges are read in large pieces, ahead of the run that is yielded and past the cache, which keeps
+// what it holds: 1 TiB of 64 KiB clusters takes a fraction of a second. A range of a few clusters is looked up as a read
+// would.
+//
+// In an image that looks as if its clusters had been preallocated, those that were never written are holes of the host
+// file, and are told from the others (Extent.Hole), as QEMU does it. An image looks so if its refcounts say that it uses
+// more clusters, by a ninth and by two at least, than its file takes space for (Storage.Allocated). That is found out once;
+// in other images, and where a storage does not tell, what is mapped as data is data.
 //
 // Errors: ErrRange, ErrCorrupt, ErrBackingRequired, fs.ErrClosed, and those of the storage. An error ends
 // the iteration.
@@ -93,85 +109,101 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 		if off < end && n < end-off {
 			end = off + n
 		}
+		w := tableWalk{img: img, end: uint64(max(end, 0))}
 		for off < end {
-			x, err := img.mapped(uint64(off), uint64(end-off))
+			x, err := w.next(uint64(off))
 			if err != nil {
 				yield(Extent{}, err)
 				return
 			}
 			e := Extent{Off: off, Len: int64(x.n), HostOff: -1}
-			off += e.Len
+			goOn := true
 			switch x.kind {
 			case kindNormal:
 				e.Kind, e.HostOff = ExtentData, int64(x.hostOff)
+				goOn = w.yieldData(e, yield)
 			case kindZeroAlloc:
 				e.Kind, e.HostOff = ExtentZero, int64(x.hostOff)
+				goOn = yield(e, nil)
 			case kindZeroPlain:
 				e.Kind = ExtentZero
+				goOn = yield(e, nil)
 			case kindCompressed:
 				e.Kind = ExtentCompressed
+				goOn = yield(e, nil)
 			case kindUnallocated:
-				if !img.extentsBelow(e, yield) {
-					return
+				if w.rules.reserved(l2Entry{word: x.word}) {
+					e.HostOff = int64(x.hostOff)
 				}
-				continue
+				e.Len, goOn = w.yieldBelow(e, yield)
 			}
-			if !yield(e, nil) {
+			if !goOn {
 				return
 			}
+			off += e.Len
 		}
 	}
 }
 
-// mapped is mapper.resolve as a request of its own.
-func (img *Image) mapped(off, n uint64) (extent, error) {
-	s := img.reqs.enter()
-	defer img.reqs.leave(s)
-	if err := img.readable(); err != nil {
-		return extent{}, err
+// yieldBelow yields the state of e's range, which the image does not hold, from the backing disk. It returns how many
+// bytes of it are done, and whether to go on. Where it is less than all, the image has another backing disk now, and
+// what it holds itself is to be looked up again.
+func (w *tableWalk) yieldBelow(e Extent, yield func(Extent, error) bool) (n int64, goOn bool) {
+	if w.below.missing != nil {
+		yield(Extent{}, w.below.missing)
+		return 0, false
 	}
-	return img.m.resolve(off, n)
-}
-
-// extentsBelow yields the state of e's range, which the image does not hold, from the backing disk. It
-// reports whether to go on.
-func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
-	below := img.lower()
-	if below.missing != nil {
-		yield(Extent{}, below.missing)
-		return false
-	}
-	end := e.Off + e.Len
-	for again := below.disk != nil; again; {
-		again = false
-		for b, err := range extentsOf(below.disk, e.Off, end-e.Off) {
-			if errors.Is(err, fs.ErrClosed) {
-				if now := img.lower(); now.disk != below.disk {
-					below, again = now, true // a Commit or Rebase has put another one into its place
-					break
-				}
-			}
-			if err == nil && (b.Off != e.Off || b.Len <= 0 || b.Len > end-b.Off) {
-				err = errBadExtents
+	first, end := e, e.Off+e.Len
+	if w.below.disk != nil {
+		for b, err := range checkedExtents(w.below.disk, e.Off, e.Len) {
+			if errors.Is(err, fs.ErrClosed) && w.img.lower().disk != w.below.disk {
+				w.forget() // a Commit or Rebase has put another one into its place
+				return e.Off - first.Off, true
 			}
 			if err != nil {
 				yield(Extent{}, fmt.Errorf("backing file: %w", err))
-				return false
+				return 0, false
 			}
 			b.Depth++
 			if !yield(b, nil) {
-				return false
+				return 0, false
 			}
 			e.Off = b.Off + b.Len
 		}
 	}
 	// What lies past the end of the backing disk is nobody's.
-	e.Len = end - e.Off
-	return e.Len <= 0 || yield(e, nil)
+	if e.Len = end - e.Off; e.Len <= 0 {
+		return first.Len, true
+	}
+	if e.HostOff >= 0 {
+		e.HostOff += e.Off - first.Off
+	}
+	return first.Len, yield(e, nil)
 }
 
 // errBadExtents says that a Disk of the caller's yields extents that are not runs without gaps within the range.
 var errBadExtents = errors.New("extents do not follow each other within the range")
+
+// checkedExtents is d.Extents, without words that the caller adds, and with an error in place of an extent that does not
+// go on where the one before it ended, or not within the range. It may end before the range does.
+func checkedExtents(d Disk, off, n int64) iter.Seq2[Extent, error] {
+	return func(yield func(Extent, error) bool) {
+		next, end := off, off+n
+		for e, err := range extentsOf(d, off, n) {
+			if err == nil && (e.Off != next || e.Len <= 0 || e.Len > end-e.Off) {
+				err = errBadExtents
+			}
+			if err != nil {
+				yield(Extent{}, err)
+				return
+			}
+			if !yield(e, nil) {
+				return
+			}
+			next += e.Len
+		}
+	}
+}
 
 // extentsOf is d.Extents, without words that the caller adds.
 func extentsOf(d Disk, off, n int64) iter.Seq2[Extent, error] {

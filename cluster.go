@@ -146,11 +146,15 @@ func (m *entryRules) resolveIn(s *l2Slice, i, guestOff, n uint64) (extent, error
 	// The run goes on while the next cluster begins with the same kind, and its host cluster, if it holds one,
 	// lies right behind.
 	perSlice := uint64(len(s.words)) << 3 >> m.l2EntryBits
-	if kind == kindNormal && !m.extendedL2 {
-		// Most runs are plain clusters in their order, each of which says so in one word.
-		for next := e.word + m.clusterSize; x.n < n && i+1 < perSlice && atomic.LoadUint64(&s.words[i+1]) == next; next += m.clusterSize {
+	if next := e.word + m.clusterSize; m.hasCluster(e) && m.offsetInCluster(guestOff+x.n) == 0 {
+		// Most runs are clusters in their order, each of which says so by its word, and a bitmap without a change.
+		all := uniformBitmap(kind)
+		for ; x.n < n && i+1 < perSlice; i++ {
+			if f := m.entry(s, i+1); f.word != next || m.extendedL2 && f.bitmap != all {
+				break
+			}
 			x.n += m.clusterSize
-			i++
+			next += m.clusterSize
 		}
 	}
 	for i++; x.n < n && m.offsetInCluster(guestOff+x.n) == 0 && i < perSlice; i++ {

@@ -9,6 +9,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -159,14 +160,24 @@ func (r *row) measure(dir, tool string) error {
 }
 
 // writeDisk writes the raw disk of 512 MiB. A quarter of each KiB is random and the rest is text, so that compression has
-// something to do and to save.
-func writeDisk(name string) error {
+// something to do and to save. It does so in small pieces: the memory of a process counts for those that it starts.
+func writeDisk(name string) (err error) {
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
 	rng := rand.New(rand.NewPCG(1, 2))
-	p := bytes.Repeat([]byte("0123456789abcdef"), 512<<20/16)
-	for i := 0; i < len(p); i += 1024 {
-		for j := i; j < i+256; j++ {
-			p[j] = byte(rng.Uint32())
+	p := bytes.Repeat([]byte("0123456789abcdef"), 1<<20/16)
+	for range 512 {
+		for i := 0; i < len(p); i += 1024 {
+			for j := i; j < i+256; j++ {
+				p[j] = byte(rng.Uint32())
+			}
+		}
+		if _, err := f.Write(p); err != nil {
+			return err
 		}
 	}
-	return os.WriteFile(name, p, 0o600)
+	return nil
 }

@@ -115,7 +115,11 @@ func (img *Image) usesMoreThanTaken() bool {
 		if first >= end {
 			return errEnough
 		}
-		if err := img.host.readFull(*buf, word&^(g.clusterSize-1)); err != nil {
+		block := word &^ (g.clusterSize - 1)
+		if block >= maxHostOff {
+			return errEnough // a broken table
+		}
+		if err := img.host.readFull(*buf, block); err != nil {
 			return err
 		}
 		for j := range min(g.perBlock(), end-first) {

@@ -330,10 +330,23 @@ func TestExtentsOtherBacking(t *testing.T) {
 		t.Fatal(err)
 	}
 	raw.size.Store(8 << 20)
-	old := &closingDisk{RawDisk: raw, after: 10}
-	img := newTestImage(t, NewMemoryStorage(), 8<<20, CreateOptions{Open: &OpenOptions{Backing: old}})
+	// A table maps 2 MiB, and the last cluster of each is written, so that there are tables. The first comes through the
+	// cache; the walk is in the window of the second when the disk below goes away.
+	old := &closingDisk{RawDisk: raw, after: 40}
+	img := newTestImage(t, NewMemoryStorage(), 8<<20, CreateOptions{ClusterSize: 4096, Open: &OpenOptions{Backing: old}})
+	data := slices.Repeat([]byte{1}, 64<<10)
+	for off := int64(2 << 20); off <= 8<<20; off += 2 << 20 {
+		if _, err := img.WriteAt(data[:4096], off-4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	swapped := false
 	old.swap = func() {
-		if _, err := img.WriteAt(slices.Repeat([]byte{1}, 64<<10), 5<<20); err != nil {
+		if swapped {
+			t.Fatal("the walk goes on with the disk that was closed")
+		}
+		swapped = true
+		if _, err := img.WriteAt(data, 3<<20); err != nil {
 			t.Error(err)
 		}
 		img.reqs.pause()
@@ -346,9 +359,13 @@ func TestExtentsOtherBacking(t *testing.T) {
 	}
 	var kinds []string
 	for _, e := range got {
-		kinds = append(kinds, fmt.Sprintf("%d+%d %v depth %d", e.Off>>16, e.Len>>16, e.Kind, e.Depth))
+		kinds = append(kinds, fmt.Sprintf("%d+%d %v depth %d", e.Off>>12, e.Len>>12, e.Kind, e.Depth))
 	}
-	want := []string{"0+10 zero depth 1", "10+70 unallocated depth 0", "80+1 data depth 0", "81+47 unallocated depth 0"}
+	want := []string{
+		"0+511 zero depth 1", "511+1 data depth 0",
+		"512+128 zero depth 1", "640+128 unallocated depth 0", "768+16 data depth 0", "784+239 unallocated depth 0", "1023+1 data depth 0",
+		"1024+511 unallocated depth 0", "1535+1 data depth 0", "1536+511 unallocated depth 0", "2047+1 data depth 0",
+	}
 	if diff := cmp.Diff(want, kinds); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
@@ -358,7 +375,7 @@ func TestExtentsOtherBacking(t *testing.T) {
 // and pushed out of a cache of two slices. A walk that begins after a write has returned sees its cluster: the table
 // on the host may be older than what the cache holds.
 func TestExtentsBesideWriters(t *testing.T) {
-	const cluster, size = 512, 4 << 20
+	const cluster, size = 512, 1 << 20
 	img := newTestImage(t, NewMemoryStorage(), size, CreateOptions{ClusterSize: cluster, Open: &OpenOptions{L2CacheBytes: 1, NoSync: true}})
 	var written atomic.Int64 // clusters from the beginning
 	var wait sync.WaitGroup

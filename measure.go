@@ -19,8 +19,8 @@ type MeasureOptions struct {
 // Measurement is how many bytes a target takes. The figures are those of qemu-img measure.
 type Measurement struct {
 	// Required is the length of the file with the content of the source, and with the tables for all of the disk: it
-	// is exact where those are all needed, and otherwise what suffices whatever lies where. With a backing file, or with
-	// preallocated data, it is FullyAllocated.
+	// is exact where those are all needed, and otherwise what suffices whatever lies where. With preallocated data it is
+	// FullyAllocated, and with a backing file too, if there is a source: nobody knows here what that shares with it.
 	Required int64
 	// FullyAllocated is the length of the file once all of the disk is written. A disk that ends within a cluster has
 	// all of it. With an external data file both figures are those of one file without.
@@ -55,7 +55,10 @@ func measureDisk(ctx context.Context, src Disk, opts *MeasureOptions) (*Measurem
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if p.sparse {
+	switch {
+	case p.sparse && p.below:
+		p.Required = p.FullyAllocated
+	case p.sparse:
 		n, err := p.dataClusters(ctx, src)
 		if err != nil {
 			return nil, err
@@ -89,6 +92,7 @@ type measurePlan struct {
 	o       MeasureOptions
 	g       geometry // of a qcow2 target
 	version int
+	below   bool // a qcow2 target has a backing file
 	sparse  bool // Required lacks the clusters that the source has data for
 }
 
@@ -123,8 +127,8 @@ func planMeasure(size int64, opts *MeasureOptions) (*measurePlan, error) {
 	}
 	p.FullyAllocated = int64(l.end << p.g.clusterBits)
 	p.Required = p.FullyAllocated
-	below := o.BackingFile != "" || o.Open.Backing != nil
-	if !below && o.Preallocation != PreallocationFalloc && o.Preallocation != PreallocationFull {
+	p.below = o.BackingFile != "" || o.Open.Backing != nil
+	if o.Preallocation != PreallocationFalloc && o.Preallocation != PreallocationFull {
 		p.Required -= int64(whole.size)
 		p.sparse = true
 	}

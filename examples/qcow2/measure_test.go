@@ -43,12 +43,21 @@ func compareMeasures(t *testing.T, args ...string) {
 }
 
 // TestMeasureSize compares measure of sizes with qemu-img's for all targets, up to where a refcount table or an L1 table
-// has to have more than one cluster and beyond the largest size.
+// has to have more than one cluster.
 func TestMeasureSize(t *testing.T) {
 	qemutest.Require(t)
 	for _, target := range measureTargets {
 		for _, size := range []string{"0", "1", "64k", "1000001", "33M", "7.7G", "100G", "3T"} {
-			compareMeasures(t, append(target, "--size", size)...)
+			args := append(target, "--size", size)
+			if _, stderr, exit := tool(append([]string{"measure"}, args...)...); exit == 1 && strings.Contains(stderr, "exceeds 8388608 bytes") {
+				// No image with these options can be written in full: its refcount table would be too long. qemu-img
+				// tells how long it would be.
+				if n := strings.Count(target[len(target)-1], "cluster_size=512") + strings.Count(size, "T"); n == 0 {
+					t.Errorf("%q: %s", args, stderr)
+				}
+				continue
+			}
+			compareMeasures(t, args...)
 		}
 	}
 }

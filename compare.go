@@ -285,7 +285,7 @@ func (c *comparison) compare(ctx context.Context, j compareJob, bufs *[2][]byte)
 	at := int64(-1)
 	switch {
 	case j.read[0] && j.read[1]:
-		at = firstDifference(parts[0], parts[1])
+		at = differenceAt(parts[0], parts[1])
 	case j.read[0]:
 		at = firstNonZero(parts[0])
 	default:
@@ -296,8 +296,8 @@ func (c *comparison) compare(ctx context.Context, j compareJob, bufs *[2][]byte)
 	}
 }
 
-// firstDifference returns the index of the first byte in which p and q, of one length, differ, or -1.
-func firstDifference(p, q []byte) int64 {
+// differenceAt returns the index of the first byte in which p and q, of one length, differ, or -1.
+func differenceAt(p, q []byte) int64 {
 	const step = 4096
 	for base := 0; base < len(p); base += step {
 		a, b := p[base:min(base+step, len(p))], q[base:min(base+step, len(p))]
@@ -317,7 +317,7 @@ func firstDifference(p, q []byte) int64 {
 func firstNonZero(p []byte) int64 {
 	for base := 0; base < len(p); base += len(zeroChunk) {
 		part := p[base:min(base+len(zeroChunk), len(p))]
-		if i := firstDifference(part, zeroChunk[:len(part)]); i >= 0 {
+		if i := differenceAt(part, zeroChunk[:len(part)]); i >= 0 {
 			return int64(base) + i
 		}
 	}

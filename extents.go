@@ -74,12 +74,17 @@ func (e *Extent) follows(x *Extent) bool {
 // Errors: ErrRange, ErrCorrupt, ErrBackingRequired, fs.ErrClosed, and those of the storage. An error ends
 // the iteration.
 func (img *Image) Extents(off, n int64) iter.Seq2[Extent, error] {
+	return joinExtents(img.extents(off, n), func(err error) error { return opError("extents of", off, int(n), err) })
+}
+
+// joinExtents yields what runs does, as one where one goes on as the other. wrap adds its words to an error.
+func joinExtents(runs iter.Seq2[Extent, error], wrap func(error) error) iter.Seq2[Extent, error] {
 	return func(yield func(Extent, error) bool) {
 		var run Extent
-		for e, err := range img.extents(off, n) {
+		for e, err := range runs {
 			if err != nil {
 				if run.Len == 0 || yield(run, nil) {
-					yield(Extent{}, opError("extents of", off, int(n), err))
+					yield(Extent{}, wrap(err))
 				}
 				return
 			}
@@ -149,36 +154,41 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 // bytes of it are done, and whether to go on. Where it is less than all, the image has another backing disk now, and
 // what it holds itself is to be looked up again.
 func (w *tableWalk) yieldBelow(e Extent, yield func(Extent, error) bool) (n int64, goOn bool) {
-	if w.below.missing != nil {
-		yield(Extent{}, w.below.missing)
-		return 0, false
+	first := e
+	more, err := w.below.extents(&e, yield)
+	if errors.Is(err, fs.ErrClosed) && w.img.lower().disk != w.below.disk {
+		w.forget() // a Commit or Rebase has put another one into its place
+		return e.Off - first.Off, true
 	}
-	first, end := e, e.Off+e.Len
-	if w.below.disk != nil {
-		for b, err := range checkedExtents(w.below.disk, e.Off, e.Len) {
-			if errors.Is(err, fs.ErrClosed) && w.img.lower().disk != w.below.disk {
-				w.forget() // a Commit or Rebase has put another one into its place
-				return e.Off - first.Off, true
-			}
+	if err != nil {
+		yield(Extent{}, err)
+	}
+	return first.Len, more && err == nil
+}
+
+// extents yields the state of e's range, which the disk above does not hold, one layer deeper. It takes from e what it
+// has yielded. more reports whether to go on.
+func (b *backing) extents(e *Extent, yield func(Extent, error) bool) (more bool, err error) {
+	if b.missing != nil {
+		return false, b.missing
+	}
+	if b.disk != nil {
+		for x, err := range checkedExtents(b.disk, e.Off, e.Len) {
 			if err != nil {
-				yield(Extent{}, fmt.Errorf("backing file: %w", err))
-				return 0, false
+				return false, fmt.Errorf("backing file: %w", err)
 			}
-			b.Depth++
-			if !yield(b, nil) {
-				return 0, false
+			x.Depth++
+			e.Off, e.Len = e.Off+x.Len, e.Len-x.Len
+			if e.HostOff >= 0 {
+				e.HostOff += x.Len
 			}
-			e.Off = b.Off + b.Len
+			if !yield(x, nil) {
+				return false, nil
+			}
 		}
 	}
 	// What lies past the end of the backing disk is nobody's.
-	if e.Len = end - e.Off; e.Len <= 0 {
-		return first.Len, true
-	}
-	if e.HostOff >= 0 {
-		e.HostOff += e.Off - first.Off
-	}
-	return first.Len, yield(e, nil)
+	return e.Len <= 0 || yield(*e, nil), nil
 }
 
 // errBadExtents says that a Disk of the caller's yields extents that are not runs without gaps within the range.
@@ -207,8 +217,8 @@ func checkedExtents(d Disk, off, n int64) iter.Seq2[Extent, error] {
 
 // extentsOf is d.Extents, without words that the caller adds.
 func extentsOf(d Disk, off, n int64) iter.Seq2[Extent, error] {
-	if img, ok := d.(*Image); ok {
-		return img.extents(off, n)
+	if d, ok := d.(quietDisk); ok {
+		return d.extents(off, n)
 	}
 	return d.Extents(off, n)
 }

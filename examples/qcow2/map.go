@@ -15,10 +15,8 @@ import (
 
 // mapCommand is "map": where the disk's content lies.
 func mapCommand() *cobra.Command {
-	var (
-		source        sourceFlags
-		start, length string
-	)
+	source := sourceFlags{reads: true}
+	var start, length string
 	cmd := &cobra.Command{
 		Use:   "map [-f FMT] [-s START_OFFSET] [-l MAX_LENGTH] [--output=human|json] [-U] FILE",
 		Short: "Tell where the content of a disk lies",
@@ -27,6 +25,7 @@ func mapCommand() *cobra.Command {
 	source.add(cmd)
 	cmd.Flags().StringVarP(&start, "start-offset", "s", "", "guest offset to begin at (default: 0)")
 	cmd.Flags().StringVarP(&length, "max-length", "l", "", "bytes to look at at most (default: all)")
+	source.addBackingFormat(cmd)
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		if err := checkOutput(*output); err != nil {

@@ -7,6 +7,8 @@
 //	         space is lost and nothing else, 63 if the format has nothing to check
 //	convert  a disk into another format
 //	map      where the content of a disk lies
+//	measure  how large a new image of a disk will be
+//	compare  whether two disks read the same; exit codes: 1 if they do not, 2, 3 and 4 if that cannot be told
 //	rebase   another backing file for an image
 //	amend    other features for an image
 //	commit   what an image holds, into its backing file
@@ -64,7 +66,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(), amendCommand(),
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(),
+		measureCommand(), compareCommand(), amendCommand(),
 		commitCommand(), rebaseCommand(), resizeCommand(), snapshotCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)

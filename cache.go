@@ -71,6 +71,8 @@ type sliceLoad struct {
 	done chan struct{} // closed when slice and err are set
 	s    *l2Slice
 	err  error
+	// many says that the read is one of many slices (readMany), which leaves none behind: who waits looks again.
+	many bool
 }
 
 // newTableCache returns a cache of about the given number of bytes for slices of 2^sliceBits bytes.
@@ -132,6 +134,9 @@ func (c *tableCache) load(key sliceKey, h *hostFile, off, n uint64, needRoom boo
 	if l := c.loading[key]; l != nil {
 		c.mu.Unlock()
 		<-l.done
+		if l.many {
+			return c.load(key, h, off, n, needRoom)
+		}
 		return l.s, l.err
 	}
 	if needRoom && !c.roomLocked(key) {
@@ -154,6 +159,93 @@ func (c *tableCache) load(key sliceKey, h *hostFile, off, n uint64, needRoom boo
 	c.mu.Unlock()
 	close(l.done)
 	return l.s, l.err
+}
+
+// readMany fills words with the L2 entries at host offset off of h: as many slices of n bytes as fit, as they are in the
+// cache or else on the host. Those go through a buffer in one read, and not into the cache. The rules are those of view:
+// until it has read them nobody else loads a slice, so nobody changes or writes it.
+func (c *tableCache) readMany(id uint16, h *hostFile, off, n uint64, words []uint64) error {
+	own := &sliceLoad{done: make(chan struct{}), many: true}
+	held := make([]*l2Slice, uint64(len(words))*8/n) // those that the cache has
+	missing := 0
+	var others []int // those that somebody else reads
+	key := func(i int) sliceKey { return makeSliceKey(id, off+uint64(i)*n) }
+	c.mu.Lock()
+	for i := range held {
+		k := key(i)
+		if held[i] = c.peek(k); held[i] != nil {
+			continue
+		}
+		missing++
+		if c.loading[k] != nil {
+			others = append(others, i)
+		} else {
+			c.loading[k] = own
+		}
+	}
+	c.mu.Unlock()
+
+	var err error
+	if missing > len(others) {
+		err = readWords(h, off, words)
+	}
+	c.mu.Lock()
+	for i := range held {
+		if k := key(i); c.loading[k] == own {
+			delete(c.loading, k)
+		}
+	}
+	c.mu.Unlock()
+	close(own.done)
+	for _, i := range others {
+		if err == nil {
+			held[i], err = c.view(key(i), h, off+uint64(i)*n, n)
+		}
+	}
+	for i, s := range held {
+		if s != nil && err == nil {
+			s.copyTo(words[uint64(i)*n/8:][:n/8])
+		}
+	}
+	return err
+}
+
+// peek is lookup without the mark that the slice was used: for who passes over many.
+func (c *tableCache) peek(key sliceKey) *l2Slice {
+	set := c.set(key)
+	for i := range set {
+		if s := set[i].Load(); s != nil && s.key == key {
+			return s
+		}
+	}
+	return nil
+}
+
+// copyTo copies the words of a slice, whose pairs belong together, to w.
+func (s *l2Slice) copyTo(w []uint64) {
+	for i := 0; i < len(w); i += 2 {
+		for {
+			seq := s.seq.Load()
+			w[i], w[i+1] = atomic.LoadUint64(&s.words[i]), atomic.LoadUint64(&s.words[i+1])
+			if seq&1 == 0 && s.seq.Load() == seq {
+				break
+			}
+		}
+	}
+}
+
+// readWords fills words with those at host offset off of h.
+func readWords(h *hostFile, off uint64, words []uint64) error {
+	buf := getBuffer(uint64(len(words)) * 8)
+	defer putBuffer(buf)
+	if err := h.readFull(*buf, off); err != nil {
+		return err
+	}
+	p := *buf
+	for i := range words {
+		words[i] = binary.BigEndian.Uint64(p[8*i:])
+	}
+	return nil
 }
 
 // readSlice reads a slice without caching it.

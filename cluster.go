@@ -30,7 +30,8 @@ type extent struct {
 	kind clusterKind
 	n    uint64 // bytes from the guest offset that was asked for
 	// hostOff is where the first byte is stored: for normal extents in the file of guest data, for
-	// compressed ones the start of the payload of the one cluster.
+	// compressed ones the start of the payload of the one cluster. For unallocated subclusters of a cluster that has a
+	// place (reserved), where it would be stored.
 	hostOff uint64
 	word    uint64 // the L2 word of the first cluster; all of a normal extent agrees in COPIED
 }
@@ -71,7 +72,7 @@ func (m *mapper) slice(off uint64) (*l2Slice, error) {
 }
 
 // entry returns entry i of a slice.
-func (m *mapper) entry(s *l2Slice, i uint64) l2Entry {
+func (m *entryRules) entry(s *l2Slice, i uint64) l2Entry {
 	if !m.extendedL2 {
 		return l2Entry{word: atomic.LoadUint64(&s.words[i])}
 	}
@@ -119,7 +120,7 @@ func (m *mapper) resolve(guestOff, n uint64) (extent, error) {
 }
 
 // resolveIn is resolve from entry i of slice s on.
-func (m *mapper) resolveIn(s *l2Slice, i, guestOff, n uint64) (extent, error) {
+func (m *entryRules) resolveIn(s *l2Slice, i, guestOff, n uint64) (extent, error) {
 	e := m.entry(s, i)
 	in := m.offsetInCluster(guestOff)
 	sub := in >> m.subBits
@@ -137,15 +138,31 @@ func (m *mapper) resolveIn(s *l2Slice, i, guestOff, n uint64) (extent, error) {
 		if m.external && x.hostOff != guestOff {
 			return x, m.corruptEntry(s, i, e, guestOff)
 		}
+	case kindUnallocated:
+		if m.reserved(e) {
+			x.hostOff = e.hostOff() + in
+		}
 	}
 	// The run goes on while the next cluster begins with the same kind, and its host cluster, if it holds one,
 	// lies right behind.
 	perSlice := uint64(len(s.words)) << 3 >> m.l2EntryBits
+	if next := e.word + m.clusterSize; m.hasCluster(e) && m.offsetInCluster(guestOff+x.n) == 0 {
+		// Most runs are clusters in their order, each of which says so by its word, and a bitmap without a change.
+		all := uniformBitmap(kind)
+		for ; x.n < n && i+1 < perSlice; i++ {
+			if f := m.entry(s, i+1); f.word != next || m.extendedL2 && f.bitmap != all {
+				break
+			}
+			x.n += m.clusterSize
+			next += m.clusterSize
+		}
+	}
 	for i++; x.n < n && m.offsetInCluster(guestOff+x.n) == 0 && i < perSlice; i++ {
 		e := m.entry(s, i)
 		k, subs := m.kindRun(e, 0)
 		if k != kind || (kind == kindNormal || kind == kindZeroAlloc) && e.hostOff() != x.hostOff+x.n ||
-			kind == kindNormal && (e.word^x.word)&flagCopied != 0 {
+			kind == kindNormal && (e.word^x.word)&flagCopied != 0 ||
+			kind == kindUnallocated && m.extendedL2 && (m.reserved(e) != m.reserved(l2Entry{word: x.word}) || m.reserved(e) && e.hostOff() != x.hostOff+x.n) {
 			break
 		}
 		x.n += subs << m.subBits
@@ -155,7 +172,7 @@ func (m *mapper) resolveIn(s *l2Slice, i, guestOff, n uint64) (extent, error) {
 }
 
 // corruptEntry returns the error for L2 entry i of s, which breaks the format.
-func (m *mapper) corruptEntry(s *l2Slice, i uint64, e l2Entry, guestOff uint64) error {
+func (m *entryRules) corruptEntry(s *l2Slice, i uint64, e l2Entry, guestOff uint64) error {
 	what := fmt.Sprintf("L2 entry %#x", e.word)
 	switch {
 	case e.word&flagCompressed != 0 && m.external:

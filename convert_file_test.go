@@ -50,7 +50,7 @@ func expectFile(t *testing.T, name, format string, want []byte) {
 // TestConvertFile makes files, over others and not.
 func TestConvertFile(t *testing.T) {
 	content := convertContent(4, 3<<20)
-	src := &sparseDisk{content: content}
+	src := &knownDisk{content: content}
 	old := []byte("what was there before")
 	for _, format := range []string{formatRaw, formatQcow2} {
 		t.Run(format, func(t *testing.T) {
@@ -114,7 +114,7 @@ func TestConvertFileFails(t *testing.T) {
 						}
 					}
 					ctx, cancel := context.WithCancel(t.Context())
-					src := &sparseDisk{content: content}
+					src := &knownDisk{content: content}
 					if cause == errBadSector {
 						src.failAt = 3
 					} else {
@@ -168,7 +168,7 @@ func TestConvertFileRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer img.Close()
-	src := &sparseDisk{content: make([]byte, 1<<20)}
+	src := &knownDisk{content: make([]byte, 1<<20)}
 	base := filepath.Join(dir, "raw")
 	if err := os.WriteFile(base, make([]byte, 512), 0o600); err != nil {
 		t.Fatal(err)

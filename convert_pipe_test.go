@@ -45,8 +45,8 @@ func convertContent(seed uint64, n int) []byte {
 	return p
 }
 
-// sparseDisk is a Disk in memory that knows which of its groups of 4 KiB are zeros. Reads of some sectors fail.
-type sparseDisk struct {
+// knownDisk is a Disk in memory that knows which of its groups of 4 KiB are zeros. Reads of some sectors fail.
+type knownDisk struct {
 	content []byte
 	bad     map[int64]bool // sectors that cannot be read
 	reads   atomic.Int64
@@ -58,10 +58,10 @@ type sparseDisk struct {
 var errBadSector = errors.New("bad sector")
 
 // Size returns the length of the content.
-func (d *sparseDisk) Size() int64 { return int64(len(d.content)) }
+func (d *knownDisk) Size() int64 { return int64(len(d.content)) }
 
 // ReadAt reads, slower or faster by chance of the scheduler.
-func (d *sparseDisk) ReadAt(p []byte, off int64) (int, error) {
+func (d *knownDisk) ReadAt(p []byte, off int64) (int, error) {
 	k := d.reads.Add(1)
 	if d.onRead != nil {
 		d.onRead(k)
@@ -78,7 +78,7 @@ func (d *sparseDisk) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // Extents yields the zeros as such.
-func (d *sparseDisk) Extents(off, n int64) iter.Seq2[Extent, error] {
+func (d *knownDisk) Extents(off, n int64) iter.Seq2[Extent, error] {
 	return func(yield func(Extent, error) bool) {
 		for end := min(off+n, d.Size()); off < end; {
 			k := min(4096-off%4096, end-off)
@@ -175,7 +175,7 @@ func (tt *convertTarget) make(t *testing.T, size int64, wrap func(Storage) Stora
 		o := *tt.create
 		o.Open = &OpenOptions{}
 		if tt.below != nil {
-			o.Open.Backing = &sparseDisk{content: tt.below}
+			o.Open.Backing = &knownDisk{content: tt.below}
 		}
 		if o.DataFile != "" {
 			o.Open.DataFile = r.data
@@ -210,7 +210,7 @@ func TestConvertWorkers(t *testing.T) {
 				r := tt.make(t, int64(len(content)), nil)
 				opts := tt.opts
 				opts.Workers = workers
-				if err := Convert(t.Context(), r.dst, &sparseDisk{content: content}, &opts); err != nil {
+				if err := Convert(t.Context(), r.dst, &knownDisk{content: content}, &opts); err != nil {
 					t.Fatalf("%d workers: %v", workers, err)
 				}
 				want := append(bytes.Clone(content), make([]byte, tt.more)...)
@@ -321,7 +321,7 @@ func (tt *convertTarget) fails(t *testing.T, content []byte, f convertFault) (me
 	defer cancel()
 	var faults crashtest.Faults
 	r := tt.make(t, int64(len(content)), func(s Storage) Storage { return lockableStorage{faults.Wrap("target", s)} })
-	src := &sparseDisk{content: content}
+	src := &knownDisk{content: content}
 	switch f.cause {
 	case errBadSector:
 		src.failAt = int64(f.at) + 1
@@ -398,7 +398,7 @@ func TestConvertReadErrors(t *testing.T) {
 			got = append(got, guestSpan{off, n})
 			return nil
 		}}
-		if err := Convert(t.Context(), r.dst, &sparseDisk{content: content, bad: bad}, opts); err != nil {
+		if err := Convert(t.Context(), r.dst, &knownDisk{content: content, bad: bad}, opts); err != nil {
 			t.Fatal(err)
 		}
 		// A run ends where a piece does.
@@ -416,7 +416,7 @@ func TestConvertReadErrors(t *testing.T) {
 	}
 	tt := convertTarget{create: &CreateOptions{}}
 	stop := errors.New("stop")
-	err := Convert(t.Context(), tt.make(t, size, nil).dst, &sparseDisk{content: content, bad: bad},
+	err := Convert(t.Context(), tt.make(t, size, nil).dst, &knownDisk{content: content, bad: bad},
 		&ConvertOptions{OnReadError: func(int64, int64, error) error { return stop }})
 	if !errors.Is(err, stop) {
 		t.Errorf("%v, want what the caller said", err)
@@ -426,7 +426,7 @@ func TestConvertReadErrors(t *testing.T) {
 // TestConvertShared converts the upper layers of a chain, for an overlay of the lower ones.
 func TestConvertShared(t *testing.T) {
 	const size = 6 << 20
-	base := &sparseDisk{content: convertContent(3, 4<<20+512)} // ends before the image does, inside a cluster
+	base := &knownDisk{content: convertContent(3, 4<<20+512)} // ends before the image does, inside a cluster
 	overlay := func(below Disk, clusterSize int) *Image {
 		img, err := CreateStorage(NewMemoryStorage(), size, &CreateOptions{ClusterSize: clusterSize, Open: &OpenOptions{Backing: below}})
 		if err != nil {
@@ -486,14 +486,14 @@ func TestConvertRate(t *testing.T) {
 	content := bytes.Repeat([]byte{1}, 3<<20)
 	tt := convertTarget{}
 	begin := time.Now()
-	if err := Convert(t.Context(), tt.make(t, 3<<20, nil).dst, &sparseDisk{content: content}, &ConvertOptions{Rate: 10 << 20}); err != nil {
+	if err := Convert(t.Context(), tt.make(t, 3<<20, nil).dst, &knownDisk{content: content}, &ConvertOptions{Rate: 10 << 20}); err != nil {
 		t.Fatal(err)
 	}
 	if took := time.Since(begin); took < 200*time.Millisecond {
 		t.Errorf("two MiB after the first took %v at 10 MiB/s", took)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	src := &sparseDisk{content: content, onRead: func(int64) { cancel() }}
+	src := &knownDisk{content: content, onRead: func(int64) { cancel() }}
 	if err := Convert(ctx, tt.make(t, 3<<20, nil).dst, src, &ConvertOptions{Rate: 1}); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, want context.Canceled", err)
 	}

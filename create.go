@@ -406,7 +406,6 @@ type layout struct {
 func planLayout(h *header, mode Preallocation, below bool) (*layout, error) {
 	g := h.geometry()
 	l := &layout{g: g, mode: mode, below: below, table: 1, l1Entries: g.l1Entries(h.virtualSize())}
-	l1Clusters := g.clusters(8 * l.l1Entries)
 	if h.rawData() || mode != PreallocationOff {
 		l.l2Tables = l.l1Entries
 	}
@@ -414,9 +413,16 @@ func planLayout(h *header, mode Preallocation, below bool) (*layout, error) {
 	if mode != PreallocationOff && !h.hasDataFile() {
 		diskClusters = g.clusters(h.virtualSize())
 	}
-	var err error
+	return l, l.place(h, diskClusters)
+}
+
+// place gives every part of an image with l.l2Tables L2 tables and diskClusters clusters of data its place, and names
+// them in h.
+func (l *layout) place(h *header, diskClusters uint64) (err error) {
+	g := l.g
+	l1Clusters := g.clusters(8 * l.l1Entries)
 	if l.rc, err = g.sizeRefcounts(0, 1+l1Clusters+l.l2Tables+diskClusters, false); err != nil {
-		return nil, err
+		return err
 	}
 	l.blocks = l.table + l.rc.tableClusters
 	l.l1 = l.blocks + l.rc.blocks
@@ -424,14 +430,14 @@ func planLayout(h *header, mode Preallocation, below bool) (*layout, error) {
 	l.disk = l.l2 + l.l2Tables
 	l.end = l.disk + diskClusters
 	if l.end > maxHostOff>>g.clusterBits {
-		return nil, fmt.Errorf("%w: preallocated clusters up to host %#x, above %#x", ErrTooLarge, l.end<<g.clusterBits, uint64(maxHostOff))
+		return fmt.Errorf("%w: clusters up to host %#x, above %#x", ErrTooLarge, l.end<<g.clusterBits, uint64(maxHostOff))
 	}
 	h.refTableOff, h.refTableClusters = l.table<<g.clusterBits, uint32(l.rc.tableClusters)
 	h.l1Size = uint32(l.l1Entries)
 	if l.l1Entries > 0 {
 		h.l1Off = l.l1 << g.clusterBits
 	}
-	return l, nil
+	return nil
 }
 
 // write writes the new image to l.h, which was unmade.

@@ -52,6 +52,20 @@ func (r *entryRules) hasCluster(e l2Entry) bool {
 	return e.word&flagCompressed == 0 && (e.hostOff() != 0 || r.external && e.word&flagCopied != 0)
 }
 
+// uniformBitmap returns the bitmap of a cluster with a place, all of whose subclusters are of one kind.
+func uniformBitmap(k clusterKind) uint64 {
+	switch k {
+	case kindNormal:
+		return bitmapAllocated
+	case kindZeroAlloc:
+		return bitmapAllocated << subclustersPerCluster
+	}
+	return 0
+}
+
+// reserved reports whether e holds a host cluster in which subclusters that are not allocated have their place.
+func (r *entryRules) reserved(e l2Entry) bool { return r.extendedL2 && r.hasCluster(e) }
+
 // kind returns the kind of subcluster sub, or of the whole cluster without extended L2.
 func (r *entryRules) kind(e l2Entry, sub uint64) clusterKind {
 	if e.word&flagCompressed != 0 {
@@ -99,14 +113,12 @@ func (r *entryRules) kindRun(e l2Entry, sub uint64) (clusterKind, uint64) {
 	if !r.extendedL2 {
 		return k, 1
 	}
-	n := uint64(1)
 	if k == kindCompressed {
 		return k, subclustersPerCluster - sub
 	}
-	for sub+n < subclustersPerCluster && r.kind(e, sub+n) == k {
-		n++
-	}
-	return k, n
+	// What the subclusters of an entry are differs by their two bits alone.
+	other := (e.bitmap ^ -(e.bitmap >> sub & 1)) | (e.bitmap>>subclustersPerCluster ^ -(e.bitmap >> (subclustersPerCluster + sub) & 1))
+	return k, uint64(bits.TrailingZeros64(other>>sub | 1<<(subclustersPerCluster-sub)))
 }
 
 // compressed returns the host offset of a compressed cluster's payload, and the length in bytes up to the

@@ -57,6 +57,8 @@ var (
 	ErrSnapshotNotFound = errors.New("no such snapshot")
 	// ErrBusy refuses an operation while something else holds what it would change.
 	ErrBusy = errors.New("busy")
+	// ErrSourceChanged says that the source of WriteStream maps, or holds, something else than in the pass before.
+	ErrSourceChanged = errors.New("source changed meanwhile")
 	// ErrFailed is returned by every change after a host sync failed: what the host lost is unknown,
 	// so nothing more is written (I6). Reads go on. The failure itself is in the chain.
 	ErrFailed = errors.New("image failed earlier")

@@ -1,10 +1,13 @@
 package qcow2_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log"
+	"net/http"
 
 	"github.com/go-qcow2/qcow2"
 )
@@ -129,6 +132,56 @@ func ExampleConvert() {
 	// 0 65536 unallocated
 	// 65536 65536 compressed
 	// 131072 917504 unallocated
+}
+
+// A disk goes, compressed, to a writer that cannot seek, such as a pipe or an upload.
+func ExampleWriteStream() {
+	raw := qcow2.NewMemoryStorage()
+	_, err := raw.WriteAt([]byte("content"), 1<<20)
+	check(err)
+	src, err := qcow2.NewRawDisk(raw)
+	check(err)
+
+	r, w := io.Pipe()
+	go func() {
+		_, err := qcow2.WriteStream(context.Background(), w, src, &qcow2.StreamOptions{Compress: true})
+		w.CloseWithError(err)
+	}()
+	image, err := io.ReadAll(r)
+	check(err)
+
+	img, err := qcow2.OpenReader(bytes.NewReader(image), int64(len(image)), nil)
+	check(err)
+	defer img.Close()
+	p := make([]byte, 7)
+	_, err = img.ReadAt(p, 1<<20)
+	check(err)
+	fmt.Printf("%s in %d bytes\n", p, len(image))
+	// Output: content in 393216 bytes
+}
+
+// The length of an upload is known before it begins.
+func ExampleStreamSize() {
+	raw := qcow2.NewMemoryStorage()
+	_, err := raw.WriteAt([]byte("content"), 10<<30)
+	check(err)
+	src, err := qcow2.NewRawDisk(raw)
+	check(err)
+
+	n, err := qcow2.StreamSize(context.Background(), src, nil)
+	check(err)
+	body, w := io.Pipe()
+	go func() {
+		_, err := qcow2.WriteStream(context.Background(), w, src, nil)
+		w.CloseWithError(err)
+	}()
+	req, err := http.NewRequest("PUT", "http://images.example/disk.qcow2", body)
+	check(err)
+	req.ContentLength = n
+	sent, err := io.Copy(io.Discard, req.Body) // http.Client.Do does so
+	check(err)
+	fmt.Println(n, sent)
+	// Output: 393216 393216
 }
 
 // An image that was damaged is checked and repaired.

@@ -25,6 +25,8 @@ type Image struct {
 	codec codec.Type    // of compressed clusters; immutable after open
 	info  Info          // guarded by mu
 
+	preallocated atomic.Int32 // whether the image looks preallocated, a preallocatedState; see Image.Extents
+
 	openedWith OpenOptions // with defaults; immutable after open, but what they point to may have changed
 
 	turns     atomic.Uint64 // operations that were alone with the image

@@ -13,7 +13,7 @@ import (
 // never hides an ability: what a storage cannot do returns an error that matches
 // errors.ErrUnsupported, and BaseStorage, embedded, gives just that.
 //
-// ReadAt, WriteAt, PunchHole, WriteZeroes, Allocate, NextData, Size and Sync may be called from
+// ReadAt, WriteAt, PunchHole, WriteZeroes, Allocate, NextData, Allocated, Size and Sync may be called from
 // several goroutines at once. Negative offsets and lengths are errors; a length of 0 does nothing. An
 // operation that returns an error that matches errors.ErrUnsupported has changed nothing. A write that returned and was followed by a successful Sync survives
 // a crash; of one that was not, any subset of its 512-byte sectors may.
@@ -42,6 +42,8 @@ type Storage interface {
 	// NextData returns the first range at or after off that may hold data: [start, end). Past the last
 	// one it returns io.EOF.
 	NextData(off int64) (start, end int64, err error)
+	// Allocated returns how many bytes of its host's space the storage takes, which holes do not.
+	Allocated() (int64, error)
 	// Lock takes the image lock of the given role until Unlock or Close, replacing the one it holds.
 	// It never waits: a conflict is ErrLocked, and the one it holds stays.
 	Lock(role LockRole) error
@@ -124,6 +126,9 @@ func (BaseStorage) Allocate(int64, int64) error { return errors.ErrUnsupported }
 
 // NextData returns errors.ErrUnsupported.
 func (BaseStorage) NextData(int64) (int64, int64, error) { return 0, 0, errors.ErrUnsupported }
+
+// Allocated returns errors.ErrUnsupported.
+func (BaseStorage) Allocated() (int64, error) { return 0, errors.ErrUnsupported }
 
 // Lock returns errors.ErrUnsupported: there is nobody to exclude, or no way to do it.
 func (BaseStorage) Lock(LockRole) error { return errors.ErrUnsupported }

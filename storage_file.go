@@ -189,6 +189,15 @@ func (s *FileStorage) NextData(off int64) (start, end int64, err error) {
 	return start, end, s.wrap("seek data", err)
 }
 
+// Allocated implements Storage, where the system is a Unix. Devices do not tell.
+func (s *FileStorage) Allocated() (int64, error) {
+	if s.device {
+		return 0, s.wrap("allocated size", errors.ErrUnsupported)
+	}
+	n, err := hostfile.Allocated(s.f)
+	return n, s.wrap("allocated size", err)
+}
+
 // Lock implements Storage, on Linux, as QEMU does, with open-file-description locks: they end with
 // Close, and two FileStorages of one process exclude each other as two processes do. A role that
 // cannot be had leaves the one before in force. File systems without locks give errors.ErrUnsupported.

@@ -392,6 +392,24 @@ func (m *MemoryStorage) NextData(off int64) (start, end int64, err error) {
 	return start, end, nil
 }
 
+// Allocated implements Storage, in whole chunks. A device does not tell.
+func (m *MemoryStorage) Allocated() (int64, error) {
+	if m.fixed {
+		return 0, fmt.Errorf("memory: allocated size of a device: %w", errors.ErrUnsupported)
+	}
+	m.rlock(allShards)
+	defer m.runlock(allShards)
+	n := int64(0)
+	for i := range m.shards {
+		for _, c := range m.shards[i].chunks {
+			if c != zeroedChunk {
+				n += memoryChunk
+			}
+		}
+	}
+	return n, nil
+}
+
 // chunkFromLocked returns the least index at or above chunkIndex of a chunk that is there. It costs at
 // most a few steps per chunk of the storage, however wide the gap. Preconditions: all shards are locked.
 func (m *MemoryStorage) chunkFromLocked(chunkIndex int64) (next int64, ok bool) {

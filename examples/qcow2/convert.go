@@ -34,7 +34,9 @@ func convertCommand() *cobra.Command {
 		Use: "convert [-f FMT] [-O OUTPUT_FMT] [-c] [-p] [-q] [-n] [--target-is-zero] [-B BACKING_FILE -F BACKING_FMT] [-o OPTIONS] " +
 			"[-S SPARSE_SIZE] [-l SNAPSHOT] [-r RATE] [-m WORKERS] [-W] [--salvage] [-U] FILE OUTPUT_FILE",
 		Short: "Convert a disk into another format, replacing an existing file",
-		Args:  cobra.RangeArgs(0, 2), // none with -o help
+		Long: "Convert a disk into another format, replacing an existing file. With the output file - a qcow2 image goes to\n" +
+			"standard output, which may be a pipe; with -c or -S the source is read twice for that.",
+		Args: cobra.RangeArgs(0, 2), // none with -o help
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			to, help, err := f.target(cmd.ErrOrStderr())
 			if err != nil {
@@ -60,7 +62,12 @@ func convertCommand() *cobra.Command {
 				defer func() { bar.Done(err) }()
 				to.Options.Progress = bar.Update
 			}
-			if err := disk.Convert(cmd.Context(), src, to); err != nil {
+			if args[1] == "-" {
+				err = disk.Stream(cmd.Context(), cmd.OutOrStdout(), src, to)
+			} else {
+				err = disk.Convert(cmd.Context(), src, to)
+			}
+			if err != nil {
 				return fmt.Errorf("convert %s to %s: %w", args[0], args[1], err)
 			}
 			return nil

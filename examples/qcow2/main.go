@@ -8,6 +8,8 @@
 //	convert  a disk into another format
 //	dd       blocks of a disk into a file
 //	map      where the content of a disk lies
+//	measure  how large a new image of a disk will be
+//	compare  whether two disks read the same; exit codes: 1 if they do not, 2, 3 and 4 if that cannot be told
 //	rebase   another backing file for an image
 //	amend    other features for an image
 //	commit   what an image holds, into its backing file
@@ -65,7 +67,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), ddCommand(), mapCommand(), amendCommand(),
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), ddCommand(), mapCommand(),
+		measureCommand(), compareCommand(), amendCommand(),
 		commitCommand(), rebaseCommand(), resizeCommand(), snapshotCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetArgs(args)

@@ -263,37 +263,6 @@ func TestConvert(t *testing.T) {
 	}
 }
 
-// TestMap compares map with qemu-img's.
-func TestMap(t *testing.T) {
-	qemutest.Require(t)
-	inTempDir(t)
-	// Without holes in the files below: qemu-img looks into those, too.
-	if err := os.WriteFile("base", bytes.Repeat([]byte{1}, 1<<20), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	qemutest.Img(t, "create", "-q", "-f", "qcow2", "mid", "3M")
-	qemutest.IO(t, "mid", "write -P 2 0 64k", "write -P 3 128k 192k", "write -z 512k 64k", "write -z -u 640k 64k")
-	qemutest.Img(t, "create", "-q", "-f", "qcow2", "-b", "mid", "-F", "qcow2", "top")
-	qemutest.IO(t, "top", "write -P 4 192k 64k", "write -P 5 2M 128k")
-	qemutest.Img(t, "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "overlay", "1M")
-	qemutest.IO(t, "overlay", "write -P 6 64k 64k")
-	qemutest.Img(t, "convert", "-c", "-f", "qcow2", "-O", "qcow2", "mid", "packed")
-	for _, name := range []string{"mid", "top", "overlay", "packed"} {
-		t.Run(name, func(t *testing.T) {
-			want := qemutest.Img(t, "map", "-f", "qcow2", "--output=json", name)
-			got := mustTool(t, "map", "-f", "qcow2", "--output=json", name)
-			if diff := cmp.Diff(decode(t, want), decode(t, got)); diff != "" {
-				t.Errorf("JSON (-qemu-img +ours):\n%s", diff)
-			}
-			wantText, wantExit := qemutest.ImgExit(t, "map", "-f", "qcow2", name)
-			gotText, _, gotExit := tool("map", "-f", "qcow2", name)
-			if diff := cmp.Diff(wantText, gotText); diff != "" || gotExit != wantExit {
-				t.Errorf("exit %d, want %d; text (-qemu-img +ours):\n%s", gotExit, wantExit, diff)
-			}
-		})
-	}
-}
-
 // TestTrust opens overlays with and without leave to open their backing files.
 func TestTrust(t *testing.T) {
 	inTempDir(t)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -15,17 +16,32 @@ import (
 // mapCommand is "map": where the disk's content lies.
 func mapCommand() *cobra.Command {
 	source := sourceFlags{reads: true}
+	var start, length string
 	cmd := &cobra.Command{
-		Use:   "map [-f FMT] [--output=human|json] [-U] FILE",
+		Use:   "map [-f FMT] [-s START_OFFSET] [-l MAX_LENGTH] [--output=human|json] [-U] FILE",
 		Short: "Tell where the content of a disk lies",
 		Args:  cobra.ExactArgs(1),
 	}
 	source.add(cmd)
+	cmd.Flags().StringVarP(&start, "start-offset", "s", "", "guest offset to begin at (default: 0)")
+	cmd.Flags().StringVarP(&length, "max-length", "l", "", "bytes to look at at most (default: all)")
 	source.addBackingFormat(cmd)
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		if err := checkOutput(*output); err != nil {
 			return err
+		}
+		from, n := int64(0), int64(disk.MaxSize)
+		for _, f := range []struct {
+			flag, text, what string
+			n                *int64
+		}{{"start-offset", start, "start offset", &from}, {"max-length", length, "max length", &n}} {
+			if !cmd.Flags().Changed(f.flag) {
+				continue
+			}
+			if *f.n, err = parseSize(f.text); err != nil {
+				return fmt.Errorf("invalid %s specified: %w", f.what, err)
+			}
 		}
 		d, err := source.open(args[0], cmd.ErrOrStderr())
 		if err != nil {
@@ -34,56 +50,92 @@ func mapCommand() *cobra.Command {
 		defer func() { err = errors.Join(err, d.Close()) }()
 		w := bufio.NewWriter(cmd.OutOrStdout())
 		defer func() { err = errors.Join(err, w.Flush()) }()
-		print := printMapHuman
 		if *output == outputJSON {
-			print = printMapJSON
+			return printMapJSON(w, d, from, n)
 		}
-		return print(w, d)
+		return printMapHuman(w, d, from, n)
 	}
 	return cmd
 }
 
-// runs calls f for each run of the disk in order, joined where one goes on as the other.
-func runs(d *disk.Disk, f func(e qcow2.Extent) error) error {
-	var last qcow2.Extent
-	for e, err := range d.Extents(0, d.Size()) {
+// mapRun is a run of the disk as map tells it.
+type mapRun struct {
+	start, length int64
+	depth         int
+	present       bool // somebody holds it
+	zero          bool // it reads as zeros
+	data          bool // it has a place for content, whether or not that was written
+	offset        int64
+	hasOffset     bool // of a compressed run the bytes at the offset are not the guest's
+}
+
+// newMapRun returns the run that e is.
+func newMapRun(e qcow2.Extent) mapRun {
+	data := e.Kind == qcow2.ExtentData || e.Kind == qcow2.ExtentCompressed
+	return mapRun{
+		start:     e.Off,
+		length:    e.Len,
+		depth:     e.Depth,
+		present:   e.Kind != qcow2.ExtentUnallocated,
+		zero:      !data,
+		data:      data || e.Hole,
+		offset:    e.HostOff,
+		hasOffset: e.HostOff >= 0 && e.Kind != qcow2.ExtentCompressed,
+	}
+}
+
+// follows reports whether r goes on as last does.
+func (r *mapRun) follows(last *mapRun) bool {
+	if r.depth != last.depth || r.present != last.present || r.zero != last.zero || r.data != last.data || r.hasOffset != last.hasOffset {
+		return false
+	}
+	return !r.hasOffset || r.offset == last.offset+last.length
+}
+
+// runs calls f for each run of the n bytes of the disk from off on, joined where one goes on as the other.
+func runs(d *disk.Disk, off, n int64, f func(r *mapRun) error) error {
+	var last mapRun
+	for e, err := range d.Extents(off, n) {
 		if err != nil {
 			return err
 		}
-		goesOn := last.HostOff < 0 && e.HostOff < 0 || last.HostOff >= 0 && e.HostOff == last.HostOff+last.Len
-		if last.Len > 0 && goesOn && e.Kind == last.Kind && e.Depth == last.Depth {
-			last.Len += e.Len
+		r := newMapRun(e)
+		if last.length > 0 && r.follows(&last) {
+			last.length += r.length
 			continue
 		}
-		if last.Len > 0 {
-			if err := f(last); err != nil {
+		if last.length > 0 {
+			if err := f(&last); err != nil {
 				return err
 			}
 		}
-		last = e
+		last = r
 	}
-	if last.Len == 0 {
-		return nil
+	if last.length == 0 {
+		last.start = off // nothing is in the range, and qemu-img says so in a run of its own
 	}
-	return f(last)
+	return f(&last)
 }
 
+// errNoPlace says that a disk has content that lies nowhere as it is.
+var errNoPlace = errors.New("file contains external, encrypted or compressed clusters")
+
 // printMapHuman prints the runs that are stored as they are.
-func printMapHuman(w io.Writer, d *disk.Disk) error {
+func printMapHuman(w io.Writer, d *disk.Disk, off, n int64) error {
 	fmt.Fprintf(w, "%-16s%-16s%-16s%s\n", "Offset", "Length", "Mapped to", "File")
-	return runs(d, func(e qcow2.Extent) error {
-		switch e.Kind {
-		case qcow2.ExtentCompressed:
-			return errors.New("file contains external, encrypted or compressed clusters")
-		case qcow2.ExtentData:
-			name := ""
-			if e.Depth < len(d.Files) {
-				name = d.Files[e.Depth]
-			}
-			_, err := fmt.Fprintf(w, "%-16s%-16s%-16s%s\n", hex(e.Off), hex(e.Len), hex(e.HostOff), printable(name))
-			return err
+	return runs(d, off, n, func(r *mapRun) error {
+		switch {
+		case r.data && !r.hasOffset:
+			return errNoPlace
+		case !r.data || r.zero:
+			return nil
 		}
-		return nil
+		name := ""
+		if r.depth < len(d.Files) {
+			name = d.Files[r.depth]
+		}
+		_, err := fmt.Fprintf(w, "%-16s%-16s%-16s%s\n", hex(r.start), hex(r.length), hex(r.offset), printable(name))
+		return err
 	})
 }
 
@@ -95,24 +147,23 @@ func hex(n int64) string {
 	return fmt.Sprintf("%#x", n)
 }
 
-// printMapJSON prints every run, one per line. A compressed run has no offset, because its bytes are
-// not the guest's.
-func printMapJSON(w io.Writer, d *disk.Disk) error {
-	separator := "["
-	err := runs(d, func(e qcow2.Extent) error {
-		stored := e.Kind == qcow2.ExtentData || e.Kind == qcow2.ExtentCompressed
-		_, err := fmt.Fprintf(w, `%s{ "start": %d, "length": %d, "depth": %d, "present": %v, "zero": %v, "data": %v`,
-			separator, e.Off, e.Len, e.Depth, e.Kind != qcow2.ExtentUnallocated, !stored, stored)
-		if e.HostOff >= 0 && e.Kind != qcow2.ExtentCompressed {
-			fmt.Fprintf(w, `, "offset": %d`, e.HostOff)
+// printMapJSON prints every run, one per line.
+func printMapJSON(w io.Writer, d *disk.Disk, off, n int64) error {
+	line := []byte("[")
+	err := runs(d, off, n, func(r *mapRun) error {
+		line = strconv.AppendInt(append(line, `{ "start": `...), r.start, 10)
+		line = strconv.AppendInt(append(line, `, "length": `...), r.length, 10)
+		line = strconv.AppendInt(append(line, `, "depth": `...), int64(r.depth), 10)
+		line = strconv.AppendBool(append(line, `, "present": `...), r.present)
+		line = strconv.AppendBool(append(line, `, "zero": `...), r.zero)
+		line = strconv.AppendBool(append(line, `, "data": `...), r.data)
+		if r.hasOffset {
+			line = strconv.AppendInt(append(line, `, "offset": `...), r.offset, 10)
 		}
-		fmt.Fprint(w, "}")
-		separator = ",\n"
+		_, err := w.Write(append(line, '}'))
+		line = append(line[:0], ",\n"...)
 		return err
 	})
-	if separator == "[" {
-		fmt.Fprint(w, separator)
-	}
 	fmt.Fprintln(w, "]")
 	return err
 }

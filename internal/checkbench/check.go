@@ -63,18 +63,18 @@ func (b *bench) check(r checkRow) error {
 	if err := r.makeImage(path); err != nil {
 		return err
 	}
-	s, err := sideBySide(r.rounds,
+	s, err := measure.SideBySide(r.rounds,
 		func() (*exec.Cmd, error) { return exec.Command("qemu-img", "check", "-f", "qcow2", path), nil },
 		func() (*exec.Cmd, error) { return child("check", path) })
 	if err != nil {
 		return err
 	}
 	memory := "not measured"
-	if s.qemu.memory > 0 {
-		memory = aim(s.ours.memory <= s.qemu.memory+memoryAllowance, fmt.Sprintf("%s more", mib(memoryAllowance)))
+	if s.QEMU.Memory > 0 {
+		memory = aim(s.Ours.Memory <= s.QEMU.Memory+memoryAllowance, fmt.Sprintf("%s more", mib(memoryAllowance)))
 	}
-	fmt.Printf("| %s | %d | %s | %s | %s | %s | %s | %s | %s |\n", r.name, r.rounds, ms(s.qemu.seconds), ms(s.ours.seconds),
-		s.ratio, aim(s.ratio.Median >= r.aim, fmt.Sprintf("%.0f", r.aim)), mib(s.qemu.memory), mib(s.ours.memory), memory)
+	fmt.Printf("| %s | %d | %s | %s | %s | %s | %s | %s | %s |\n", r.name, r.rounds, ms(s.QEMU.Seconds), ms(s.Ours.Seconds),
+		s.Ratio, aim(s.Ratio.Median >= r.aim, fmt.Sprintf("%.0f", r.aim)), mib(s.QEMU.Memory), mib(s.Ours.Memory), memory)
 	return nil
 }
 
@@ -106,41 +106,6 @@ func qemu(name string, args ...string) error {
 		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
 	}
 	return nil
-}
-
-// comparison is QEMU beside the library.
-type comparison struct {
-	qemu, ours usage            // medians of the time, and the largest memory
-	ratio      measure.Interval // QEMU's time as a multiple of ours
-}
-
-// sideBySide runs two commands by turns, in the order A B B A. Each ratio is taken within a round.
-func sideBySide(rounds int, qemuCommand, oursCommand func() (*exec.Cmd, error)) (comparison, error) {
-	var c comparison
-	var times [2][]float64
-	var ratios []float64
-	memory := [2]*int64{&c.qemu.memory, &c.ours.memory}
-	commands := [2]func() (*exec.Cmd, error){qemuCommand, oursCommand}
-	for round := range rounds {
-		for turn := range 2 {
-			which := (round + turn) % 2
-			cmd, err := commands[which]()
-			if err != nil {
-				return c, err
-			}
-			u, err := measureProcess(cmd)
-			if err != nil {
-				return c, err
-			}
-			times[which] = append(times[which], u.seconds)
-			*memory[which] = max(*memory[which], u.memory)
-		}
-		ratios = append(ratios, times[0][round]/times[1][round])
-	}
-	c.qemu.seconds = measure.MedianInterval(times[0]).Median
-	c.ours.seconds = measure.MedianInterval(times[1]).Median
-	c.ratio = measure.MedianInterval(ratios)
-	return c, nil
 }
 
 // ms gives a time in milliseconds.

@@ -1,37 +1,14 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
-	"strings"
-	"time"
 
 	"github.com/go-qcow2/qcow2"
 )
-
-// usage is what a process took.
-type usage struct {
-	seconds float64 // from its start to its end
-	memory  int64   // the most memory that was resident at a time, in bytes; 0 where the system does not tell
-}
-
-// measureProcess runs a command to its end.
-func measureProcess(cmd *exec.Cmd) (usage, error) {
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	begin := time.Now()
-	err := cmd.Run()
-	u := usage{seconds: time.Since(begin).Seconds()}
-	if err != nil {
-		return u, fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, out.Bytes())
-	}
-	u.memory = residentMemory(cmd.ProcessState)
-	return u, nil
-}
 
 // childVariable is the environment variable that makes this program do one piece of work of the library, so that
 // it can be measured like a process of QEMU: its value names the work, the arguments say on what.

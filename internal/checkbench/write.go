@@ -43,7 +43,7 @@ func (b *bench) writes() error {
 			continue
 		}
 		rounds := either(b, 7, 2)
-		s, err := sideBySide(rounds, func() (*exec.Cmd, error) { return b.qemuWrite(empty, row.preset) },
+		s, err := measure.SideBySide(rounds, func() (*exec.Cmd, error) { return b.qemuWrite(empty, row.preset) },
 			func() (*exec.Cmd, error) {
 				path, err := b.fresh(empty)
 				if err != nil {
@@ -56,10 +56,10 @@ func (b *bench) writes() error {
 		}
 		verdict := ""
 		if row.aim > 0 {
-			verdict = aim(s.ratio.Median >= row.aim, fmt.Sprintf("%.0f", row.aim))
+			verdict = aim(s.Ratio.Median >= row.aim, fmt.Sprintf("%.0f", row.aim))
 		}
-		fmt.Printf("| QEMU with overlap-check=%s | %d | %s | %s | %s | %s |\n", row.preset, rounds, ms(s.qemu.seconds), ms(s.ours.seconds),
-			s.ratio, verdict)
+		fmt.Printf("| QEMU with overlap-check=%s | %d | %s | %s | %s | %s |\n", row.preset, rounds, ms(s.QEMU.Seconds), ms(s.Ours.Seconds),
+			s.Ratio, verdict)
 	}
 	if !b.wants("write/ours with all and none") {
 		return nil

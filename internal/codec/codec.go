@@ -60,7 +60,8 @@ var (
 // Deflate payloads reach back at most 4 KiB, which is the window that QEMU gives its decoder. Zstd
 // payloads are one frame without a checksum.
 //
-// ErrType and ErrSize are the only errors. Payloads of equal clusters need not be equal.
+// ErrType and ErrSize are the only errors. Equal clusters give equal payloads under one type, whatever the encoders
+// did before (but not under another version of this package, or of the encoders').
 func Compress(dst, src []byte, typ Type) (n int, ok bool, err error) {
 	return CompressWindow(dst, src, typ, NarrowWindow)
 }

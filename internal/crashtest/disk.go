@@ -400,6 +400,22 @@ func (d *Disk) checkAllocate(off, n int64) error {
 	return d.checkRange(off, n)
 }
 
+// Allocated returns how many bytes the pages that are there have. A device does not tell.
+func (d *Disk) Allocated() (int64, error) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if d.device {
+		return 0, fmt.Errorf("allocated size of a device: %w", errors.ErrUnsupported)
+	}
+	n := int64(0)
+	for _, p := range d.pages {
+		if p != nil {
+			n += pageSize
+		}
+	}
+	return n, nil
+}
+
 // NextData returns the next run of pages that were written and not punched, or io.EOF. All of a device
 // is data.
 func (d *Disk) NextData(off int64) (start, end int64, err error) {

@@ -39,6 +39,8 @@ type Storage interface {
 	Allocate(off, n int64) error
 	// NextData returns the first range at or after off that may hold data, or io.EOF.
 	NextData(off int64) (start, end int64, err error)
+	// Allocated returns how many bytes of space it takes.
+	Allocated() (int64, error)
 	// Unlock gives back a lock, of which these storages know nothing.
 	Unlock() error
 	// Identity is comparable, and equal for the same file alone.

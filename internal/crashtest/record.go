@@ -295,6 +295,9 @@ func (f *File) Allocate(off, n int64) error {
 // NextData returns the next range that may hold data, as Disk.NextData does.
 func (f *File) NextData(off int64) (start, end int64, err error) { return f.live.NextData(off) }
 
+// Allocated returns how many bytes are there, as Disk.Allocated does.
+func (f *File) Allocated() (int64, error) { return f.live.Allocated() }
+
 // Unlock does nothing.
 func (f *File) Unlock() error { return nil }
 

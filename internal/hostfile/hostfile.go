@@ -162,6 +162,15 @@ func NextData(f *os.File, off int64) (start, end int64, err error) {
 	return nextData(f, off)
 }
 
+// Allocated returns how many bytes of its file system f takes.
+func Allocated(f *os.File) (int64, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return allocated(fi)
+}
+
 // SyncData returns once the contents of f, and what of its attributes is needed to read them back (its
 // size, its map of the disk), are durable. Timestamps may not be.
 func SyncData(f *os.File) error { return syncData(f) }

@@ -3,6 +3,7 @@
 package hostfile
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"syscall"
@@ -37,6 +38,15 @@ func identity(_ *os.File, fi fs.FileInfo) (ID, bool) {
 		return ID{Device: true, Dev: uint64(st.Rdev)}, true
 	}
 	return ID{Dev: uint64(st.Dev), Ino: uint64(st.Ino)}, true
+}
+
+// allocated counts the blocks of fi, which are 512 bytes whatever the file system's are.
+func allocated(fi fs.FileInfo) (int64, error) {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, errors.ErrUnsupported
+	}
+	return int64(st.Blocks) * 512, nil
 }
 
 func syncDir(dir string) error {

@@ -27,5 +27,7 @@ func identity(f *os.File, _ fs.FileInfo) (ID, bool) {
 	}, true
 }
 
+func allocated(fs.FileInfo) (int64, error) { return 0, errors.ErrUnsupported }
+
 // syncDir is not done: Windows has no call that makes a directory durable.
 func syncDir(string) error { return errors.ErrUnsupported }

@@ -2,9 +2,12 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 )
@@ -135,6 +138,8 @@ type discardStress struct {
 	opts CreateOptions
 	open OpenOptions
 	base bool // a backing file lies below
+
+	snapshots bool // somebody takes, reads and deletes snapshots meanwhile
 }
 
 // discardStresses is what TestConcurrencyDiscard runs over.
@@ -144,6 +149,9 @@ var discardStresses = []discardStress{
 	{name: "4k no unref", opts: CreateOptions{ClusterSize: 4096, RefcountBits: 8}, open: OpenOptions{DiscardNoUnref: true, Discard: DiscardAll}},
 	{name: "4k lazy backing", opts: CreateOptions{ClusterSize: 4096, LazyRefcounts: true, BackingFile: "base", BackingFormat: "raw"}, base: true},
 	{name: "16k extended", opts: CreateOptions{ClusterSize: 16 << 10, ExtendedL2: true}, open: OpenOptions{L2CacheBytes: 1, Discard: DiscardAll}},
+	{name: "512 snapshots tiny cache", opts: CreateOptions{ClusterSize: 512}, open: OpenOptions{L2CacheBytes: 1, RefcountCacheBytes: 1, Discard: DiscardAll}, snapshots: true},
+	{name: "4k snapshots lazy backing", opts: CreateOptions{ClusterSize: 4096, LazyRefcounts: true, BackingFile: "base", BackingFormat: "raw"}, open: OpenOptions{Discard: DiscardAll}, base: true, snapshots: true},
+	{name: "16k extended snapshots", opts: CreateOptions{ClusterSize: 16 << 10, ExtendedL2: true}, open: OpenOptions{Discard: DiscardAll}, snapshots: true},
 	{name: "data file", opts: CreateOptions{ClusterSize: 4096, DataFile: "data"}},
 	{name: "raw data file", opts: CreateOptions{ClusterSize: 4096, DataFile: "data", DataFileRaw: true}},
 }
@@ -151,7 +159,8 @@ var discardStresses = []discardStress{
 // TestConcurrencyDiscard has goroutines write, write compressed, discard, zero, read and sync clusters of their own,
 // which alternate, so that they meet in tables and host clusters, while others read all of them. A sector is zero,
 // or what its owner wrote there; the owner reads exactly what he left. So a freed cluster that is punched or reused
-// while somebody uses it is seen, and so is one punched after it was reused.
+// while somebody uses it is seen, and so is one punched after it was reused. In some images snapshots come and go
+// meanwhile: what one of them shows never changes.
 func TestConcurrencyDiscard(t *testing.T) {
 	seed := rand.Uint64()
 	if s := os.Getenv("QCOW2_SEED"); s != "" {
@@ -216,8 +225,21 @@ func (c discardStress) run(t *testing.T, seed uint64) {
 			}
 		}()
 	}
+	if c.snapshots {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			w := discardSnapshots{img: img, rnd: rand.New(rand.NewPCG(seed, owners)), owners: owners}
+			if err := w.run(snapshotRounds); err != nil {
+				t.Errorf("snapshots: %v", err)
+			}
+		}()
+	}
 	wg.Wait()
 	if err := wantAt(img, model, 0)(); err != nil {
+		t.Error(err)
+	}
+	if err := checkList(img); err != nil {
 		t.Error(err)
 	}
 	if err := img.Close(); err != nil {
@@ -299,15 +321,70 @@ func (w *discardOwner) readAny() error {
 	if _, err := w.img.ReadAt(p, int64(ci*cs)); err != nil {
 		return err
 	}
-	for i := uint64(0); i < uint64(len(p)); i += sectorSize {
-		off := ci*cs + i
-		st, err := readStamp(p[i:i+sectorSize], off)
+	return judgeStamps(p, ci*cs, cs, w.owners)
+}
+
+// judgeStamps tells whether each sector of p, read at guest offset off, is zero or its owner's.
+func judgeStamps(p []byte, off, cs, owners uint64) error {
+	for ; len(p) > 0; p, off = p[sectorSize:], off+sectorSize {
+		st, err := readStamp(p[:sectorSize], off)
 		if err != nil {
 			return err
 		}
-		if st != (stamp{}) && st.writer != off/cs%w.owners+1 {
+		if st != (stamp{}) && st.writer != off/cs%owners+1 {
 			return fmt.Errorf("sector at guest %#x was written by %d", off, st.writer)
 		}
 	}
 	return nil
+}
+
+// discardSnapshots is the goroutine of TestConcurrencyDiscard that takes, reads and deletes snapshots.
+type discardSnapshots struct {
+	img    *Image
+	rnd    *rand.Rand
+	owners uint64
+	open   []openSnapshot
+}
+
+// run takes n snapshots, and keeps some of them open for a while. The last ones stay in the image.
+func (w *discardSnapshots) run(n int) error {
+	for i := range n {
+		s, err := w.img.CreateSnapshot(context.Background(), &SnapshotOptions{Name: fmt.Sprint(i)})
+		if err != nil {
+			return err
+		}
+		d, err := w.img.OpenSnapshot(SnapshotRef{ID: s.ID})
+		if err != nil {
+			return err
+		}
+		b, err := readWholeDisk(d)
+		if err != nil {
+			return err
+		}
+		if err := judgeStamps(b, 0, w.img.m.clusterSize, w.owners); err != nil {
+			return fmt.Errorf("snapshot %d: %w", i, err)
+		}
+		w.open = append(w.open, openSnapshot{d, b})
+		if len(w.open) > 3 {
+			if err := w.drop(w.rnd.IntN(len(w.open))); err != nil {
+				return err
+			}
+		}
+	}
+	for _, s := range w.open {
+		if err := errors.Join(s.unchanged(), s.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// drop deletes the k-th of the open snapshots.
+func (w *discardSnapshots) drop(k int) error {
+	s := w.open[k]
+	w.open = slices.Delete(w.open, k, k+1)
+	if err := errors.Join(s.unchanged(), s.Close()); err != nil {
+		return err
+	}
+	return w.img.DeleteSnapshot(context.Background(), SnapshotRef{ID: s.Snapshot().ID})
 }

@@ -687,12 +687,17 @@ func TestConcurrencyClose(t *testing.T) {
 			}
 		}
 	}
-	// A goroutine that has done its work may still be on its way out.
-	for range 1000 {
+	wantGoroutines(t, before)
+}
+
+// wantGoroutines fails the test if more goroutines are left than there were before. One that has done its work may
+// still be on its way out.
+func wantGoroutines(t *testing.T, before int) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if runtime.NumGoroutine() <= before {
 			return
 		}
-		runtime.Gosched()
 	}
 	p := make([]byte, 1<<20)
 	t.Errorf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, p[:runtime.Stack(p, true)])

@@ -15,6 +15,21 @@ import (
 // snapshotRounds is how many operations on snapshots the concurrent tests make.
 const snapshotRounds = 40
 
+// openSnapshot is a snapshot that is open, and what it showed at first.
+type openSnapshot struct {
+	*SnapshotDisk
+	content []byte
+}
+
+// unchanged tells whether the snapshot still shows what it showed at first.
+func (s *openSnapshot) unchanged() error {
+	b, err := readWholeDisk(s)
+	if err == nil && !bytes.Equal(b, s.content) {
+		err = fmt.Errorf("I4: snapshot %s changed", s.Snapshot().ID)
+	}
+	return err
+}
+
 // TestConcurrencySnapshots takes, reads and deletes snapshots while others write, compress and sync. Each writer has
 // its own stripes of the disk, and adds one to a number in all of them by turns; so a snapshot in which the numbers of
 // a writer differ by more than one, or that changes, shows a write that got past it.
@@ -71,11 +86,7 @@ func TestConcurrencySnapshots(t *testing.T) {
 				return b
 			}
 			rng := rand.New(rand.NewPCG(1, 100))
-			type held struct {
-				*SnapshotDisk
-				content []byte
-			}
-			var open []held
+			var open []openSnapshot
 			for i := range snapshotRounds {
 				s, err := img.CreateSnapshot(ctx, &SnapshotOptions{Name: fmt.Sprint(i)})
 				if err != nil {
@@ -87,7 +98,7 @@ func TestConcurrencySnapshots(t *testing.T) {
 					t.Errorf("open: %v", err)
 					break
 				}
-				open = append(open, held{d, look(d)})
+				open = append(open, openSnapshot{d, look(d)})
 				if len(open) < 4 {
 					continue
 				}
@@ -97,20 +108,14 @@ func TestConcurrencySnapshots(t *testing.T) {
 				if err := img.DeleteSnapshot(ctx, SnapshotRef{ID: h.Snapshot().ID}); !errors.Is(err, ErrBusy) {
 					t.Errorf("delete of an open snapshot: %v", err)
 				}
-				if !bytes.Equal(look(h), h.content) {
-					t.Error("a snapshot changed")
-				}
-				if err := errors.Join(h.Close(), img.DeleteSnapshot(ctx, SnapshotRef{ID: h.Snapshot().ID})); err != nil {
+				if err := errors.Join(h.unchanged(), h.Close(), img.DeleteSnapshot(ctx, SnapshotRef{ID: h.Snapshot().ID})); err != nil {
 					t.Errorf("delete: %v", err)
 				}
 			}
 			stop.Store(true)
 			wg.Wait()
 			for _, h := range open {
-				if !bytes.Equal(look(h), h.content) {
-					t.Error("a snapshot changed")
-				}
-				if err := h.Close(); err != nil {
+				if err := errors.Join(h.unchanged(), h.Close()); err != nil {
 					t.Error(err)
 				}
 			}

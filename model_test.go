@@ -895,12 +895,15 @@ func TestModelReplay(t *testing.T) {
 // checkShares fails the test unless the run had the shares of operations that were asked for.
 func checkShares(t *testing.T, c workloadConfig, s modelStats) {
 	t.Helper()
-	busy := s.allocating
+	busy, share := s.allocating, 40
+	if c.external() {
+		share = 20 // without compressed clusters and snapshots, most writes find their clusters mapped
+	}
 	if c.layout == layoutRawData {
 		busy = s.writes // all of a raw data file is mapped from the beginning
 	}
-	if busy*100 < 40*s.ops {
-		t.Errorf("%v: %d of %d operations allocate or rewrite: below 40 %%", c, busy, s.ops)
+	if busy*100 < share*s.ops {
+		t.Errorf("%v: %d of %d operations allocate or rewrite: below %d %%", c, busy, s.ops, share)
 	}
 	if !c.external() && s.packed*100 < 10*s.ops {
 		t.Errorf("%v: %d of %d operations are WriteCompressed: below 10 %%", c, s.packed, s.ops)

@@ -810,7 +810,7 @@ func TestOverlapListSizes(t *testing.T) {
 		{overlapGroup{}, overlapGroupBytes},
 		{overlapDense{}, overlapDenseBytes - 48},
 		{overlapSlot{}, overlapSlotBytes},
-		{overlapMap{}, overlapMapBytes},
+		{[overlapMapWords]uint64{}, overlapMapBytes},
 	} {
 		got := reflect.TypeOf(tt.v).Size()
 		if got > tt.want || ^uint(0)>>63 != 0 && got != tt.want {
@@ -1071,7 +1071,7 @@ func TestOverlapListStaleSlot(t *testing.T) {
 // index names; where that slot is in use, the window has another, and is found there too.
 func TestOverlapListHomes(t *testing.T) {
 	const size = 1 << (overlapWindowBits + 9)
-	for _, n := range []uint64{1, 2, 3, 4, 5, 8, 484} {
+	for _, n := range []uint64{1, 2, 3, 4, 5, 8, 470} {
 		for _, start := range []uint64{0, 1, 31, 1000 * n} {
 			l := newOverlapList(9, overlapLimits{cacheBytes: int64(n) * (overlapSlotBytes + overlapMapBytes)})
 			for w := start; w < start+n; w++ {

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -19,11 +21,13 @@ const amendOptionNames = `Amend options for 'qcow2':
   data_file_raw=<bool>   - The data file alone must read as the disk: off only
   lazy_refcounts=<bool>  - Postpone refcount updates
   refcount_bits=<num>    - Width of a reference count in bits: 1 to 64
+  size=<size>            - Size of the disk in bytes: larger, or smaller without asking
 `
 
 // amendOptions is what -o of amend says.
 type amendOptions struct {
 	image                     qcow2.AmendOptions
+	size                      int64 // of the disk; 0: as it is
 	backing, backingFmt       string
 	namesBacking, namesFormat bool
 	help                      bool
@@ -57,9 +61,13 @@ func readAmendOptions(args []string) (a amendOptions, err error) {
 			a.backing, a.namesBacking = o.value, true
 		case "backing_fmt":
 			a.backingFmt, a.namesFormat = o.value, true
+		case "size":
+			if a.size, err = parseSize(o.value); err == nil && a.size%512 != 0 {
+				err = errors.New("the new size must be a multiple of 512")
+			}
 		case "cluster_size", "compression_type", "extended_l2", "preallocation":
 			return a, fmt.Errorf("invalid parameter '%s': this option is only supported for image creation", o.name)
-		case "size", "data_file":
+		case "data_file":
 			return a, fmt.Errorf("amending '%s' is not supported", o.name)
 		default:
 			return a, fmt.Errorf("invalid parameter '%s'", o.name)
@@ -69,6 +77,28 @@ func readAmendOptions(args []string) (a amendOptions, err error) {
 		}
 	}
 	return a, nil
+}
+
+// apply amends img. The size changes while the image has the higher of its versions, as version 2 can less.
+func (a *amendOptions) apply(ctx context.Context, img *qcow2.Image) error {
+	steps := []func() error{
+		func() error {
+			if a.size == 0 || a.size == img.Size() {
+				return nil
+			}
+			return img.Resize(ctx, a.size, &qcow2.ResizeOptions{Shrink: true})
+		},
+		func() error { return img.Amend(ctx, &a.image) },
+	}
+	if a.image.Version == 3 {
+		slices.Reverse(steps)
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // amendCommand is "amend": other features for an image that exists.
@@ -110,8 +140,7 @@ func amendCommand() *cobra.Command {
 		if opts.Format == disk.Raw {
 			return errors.New("format driver 'raw' does not support option amendment")
 		}
-		// Nothing is read from the backing file.
-		img, err := disk.Edit(name, opts, true)
+		img, err := disk.Edit(name, opts, a.size == 0) // a larger disk may show what the backing file has there
 		if err != nil {
 			return fmt.Errorf("could not open '%s': %w", name, err)
 		}
@@ -124,7 +153,7 @@ func amendCommand() *cobra.Command {
 		if a.namesBacking && a.backing != info.BackingFile || a.namesFormat && a.backingFmt != info.BackingFormat {
 			err = errors.New("cannot amend the backing file; you can use rebase instead")
 		} else {
-			err = img.Amend(cmd.Context(), &a.image)
+			err = a.apply(cmd.Context(), img)
 		}
 		if err = errors.Join(err, img.Close()); err != nil {
 			err = fmt.Errorf("%s: %w", name, err)

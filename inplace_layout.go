@@ -79,7 +79,7 @@ type layoutReader struct {
 	h       *hostFile // the file, which is only read
 	g       geometry
 	length  uint64 // of the file in bytes
-	size    uint64 // of the disk in bytes
+	size    uint64 // of the layout's disk in bytes; the image's ends with a whole sector
 	backing bool   // the image has a backing file
 	holes   bool   // what is zero in the layout reads as zeros in its place in the file, too
 	maxRuns int
@@ -105,9 +105,9 @@ func (r *layoutReader) fail(p diskPart, reason string) *AlignError {
 	return e
 }
 
-// read reads all of the layout, of a disk of size bytes.
-func (r *layoutReader) read(ctx context.Context, src Layout, size int64) error {
-	next := int64(0)
+// read reads all of the layout.
+func (r *layoutReader) read(ctx context.Context, src Layout) error {
+	next, size := int64(0), int64(r.size)
 	for e, err := range src.Extents(0, size) {
 		if err == nil && (e.Off != next || e.Len <= 0 || e.Len > size-next) {
 			err = errBadExtents
@@ -131,6 +131,8 @@ func (r *layoutReader) read(ctx context.Context, src Layout, size int64) error {
 		return errBadExtents
 	}
 	if r.g.offsetInCluster(r.size) != 0 {
+		// Bytes that are missing to a whole sector become the disk's, as zeros.
+		r.zero = r.zero || r.size%sectorSize != 0 && !r.data
 		if err := r.endCluster(r.size >> r.g.clusterBits); err != nil {
 			return err
 		}

@@ -76,8 +76,7 @@ func roundUpSector(n uint64) uint64 { return (n + sectorSize - 1) &^ (sectorSize
 
 // planWith plans the image with clusters of that size.
 func (c *inPlace) planWith(src Layout, size int64, clusterSize int) error {
-	diskSize := roundUpSector(uint64(size))
-	h, err := newHeader(diskSize, &CreateOptions{
+	h, err := newHeader(roundUpSector(uint64(size)), &CreateOptions{
 		Version:       c.o.Version,
 		ClusterSize:   clusterSize,
 		RefcountBits:  c.o.RefcountBits,
@@ -92,10 +91,10 @@ func (c *inPlace) planWith(src Layout, size int64, clusterSize int) error {
 	h.dropFeatureNames() // all of the header must fit one sector
 	_, raw := src.(*RawDisk)
 	r := layoutReader{
-		h: c.host, g: h.geometry(), length: c.length, size: diskSize, backing: h.hasBacking(), holes: raw,
+		h: c.host, g: h.geometry(), length: c.length, size: uint64(size), backing: h.hasBacking(), holes: raw,
 		maxRuns: int(max(c.limits.MetadataBytes/inPlaceRunBytes, 1)),
 	}
-	if err := r.read(c.ctx, src, size); err != nil {
+	if err := r.read(c.ctx, src); err != nil {
 		return err
 	}
 	if h.version < 3 {

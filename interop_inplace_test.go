@@ -38,13 +38,11 @@ func makeFilesystem(t testing.TB, dir string, size int64) string {
 	return name
 }
 
-// copyFile copies the file to a new one of that name in its directory, and returns that.
-func copyFile(t testing.TB, from, name string) string {
+// copySparse copies a raw disk to a new file of that name in its directory, with its holes, and returns that.
+func copySparse(t testing.TB, from, name string) string {
 	t.Helper()
 	to := filepath.Join(filepath.Dir(from), name)
-	if out, err := exec.Command("cp", "--sparse=always", from, to).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %v\n%s", err, out)
-	}
+	qemutest.Img(t, "convert", "-f", "raw", "-O", "raw", from, to)
 	return to
 }
 
@@ -83,7 +81,7 @@ func TestConvertInPlaceQEMU(t *testing.T) {
 		{LazyRefcounts: true, RefcountBits: 8},
 	} {
 		t.Run(fmt.Sprintf("%d", i), func(t *testing.T) {
-			name := copyFile(t, raw, fmt.Sprintf("image%d", i))
+			name := copySparse(t, raw, fmt.Sprintf("image%d", i))
 			qemutest.Dump(t, name)
 			s := openForUpdate(t, name)
 			counted := &countedStorage{Storage: s}
@@ -98,7 +96,7 @@ func TestConvertInPlaceQEMU(t *testing.T) {
 			qemutest.Compare(t, raw, "raw", name, "qcow2")
 			t.Logf("%d of %d bytes written, file of %d", counted.written, fileSize(t, raw), fileSize(t, name))
 			// It goes on as any image.
-			want := copyFile(t, raw, fmt.Sprintf("raw%d", i))
+			want := copySparse(t, raw, fmt.Sprintf("raw%d", i))
 			qemutest.IOWith(t, qemutest.IOOptions{Format: "raw"}, want, "write -P 7 70k 300k", "write -P 9 0 512")
 			qemutest.IO(t, name, "write -P 7 70k 300k", "write -P 9 0 512")
 			qemutest.Img(t, "resize", "-f", "raw", want, "30M")

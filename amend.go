@@ -128,6 +128,8 @@ func (a *amender) run() (err error) {
 	if err != nil {
 		return err
 	}
+	// What was allocated may have moved the refcount table since the plan.
+	a.h.refTableOff, a.h.refTableClusters = old.refTableOff, old.refTableClusters
 	if a.h.refcountOrder != old.refcountOrder {
 		err = width.write(a.ctx, a.progress)
 		a.h.refTableOff, a.h.refTableClusters = width.tableOff, uint32(width.tableClusters)

@@ -169,6 +169,42 @@ func TestAmendRefused(t *testing.T) {
 	}
 }
 
+// TestAmendMovesRefcountTable writes out so many zero clusters that the refcount table has to grow on the way: the
+// header of version 2 names the table that is in force (I1, I3).
+func TestAmendMovesRefcountTable(t *testing.T) {
+	const cs, size = 512, 12 << 20
+	s := NewMemoryStorage()
+	below, err := NewRawDisk(NewReaderStorage(bytes.NewReader(pattern(1, size)), size))
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := &OpenOptions{ReadWrite: true, Backing: below}
+	img, err := CreateStorage(s, size, &CreateOptions{ClusterSize: cs, BackingFile: "base", BackingFormat: "raw", Open: open})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A table of one cluster counts 8 MiB.
+	const data = 6 << 20
+	mustWrite(t, img, pattern(2, data), 0)
+	if err := img.WriteZeroes(data, size-data, 0); err != nil {
+		t.Fatal(err)
+	}
+	before := img.hdr.refTableOff
+	if err := img.Amend(context.Background(), &AmendOptions{Version: 2}); err != nil {
+		t.Fatal(err)
+	}
+	if img.hdr.refTableOff == before {
+		t.Error("the refcount table did not move")
+	}
+	if err := wantAt(img, append(pattern(2, data), make([]byte, size-data)...), 0)(); err != nil {
+		t.Error(err)
+	}
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
+	walkStorage(t, s, true)
+}
+
 // TestAmendNothing shows that an Amend of nothing writes nothing.
 func TestAmendNothing(t *testing.T) {
 	s := NewMemoryStorage()

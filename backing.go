@@ -19,6 +19,18 @@ type Disk interface {
 	Extents(off, n int64) iter.Seq2[Extent, error]
 }
 
+// quietDisk is a Disk of the library that has images below it. Its methods are ReadAt and Extents without the words
+// that every layer would add to an error.
+type quietDisk interface {
+	readAt(p []byte, off int64) (int, error)
+	extents(off, n int64) iter.Seq2[Extent, error]
+}
+
+var (
+	_ quietDisk = (*Image)(nil)
+	_ quietDisk = (*ForeignDisk)(nil)
+)
+
 // RawDisk is a Disk whose bytes are those of a storage: a raw image file, or a block device.
 type RawDisk struct {
 	s    Storage

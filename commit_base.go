@@ -57,6 +57,8 @@ func (img *Image) takeBase(depth int) (*commitBase, error) {
 		return nil, ErrNoBacking
 	case !b.old.owned:
 		return b.takeCallers(d)
+	case isForeign(d):
+		return nil, fmt.Errorf("backing file %q: %w: %w: a format that is read only", b.old.ref.Name, ErrReadOnly, ErrUnsupported)
 	case !ours:
 		return nil, &OptionError{Option: "Depth", Value: depth, Reason: "the image above that disk is the caller's: commit it by itself"}
 	}

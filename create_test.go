@@ -3,6 +3,7 @@ package qcow2
 import (
 	"bytes"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -17,9 +18,9 @@ import (
 )
 
 // mustClose closes an image at the end of a test's work with it.
-func mustClose(t testing.TB, img *Image) {
+func mustClose(t testing.TB, c io.Closer) {
 	t.Helper()
-	if err := img.Close(); err != nil {
+	if err := c.Close(); err != nil {
 		t.Fatalf("Close: %v", err)
 	}
 }

@@ -71,5 +71,6 @@
 // image names is reached only by a Resolver, or handed in by the caller. Formats are never probed. Nothing is
 // allocated from a claim of the image before a limit bounds it (Limits), a table that the file does not hold
 // costs nothing, and a malformed image gives an error. Inspect tells what an image is, and which files it wants,
-// from its first cluster alone.
+// from its first cluster alone. The same holds for images of other formats (OpenForeign), but that DetectForeign guesses a
+// format for who asks.
 package qcow2

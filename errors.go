@@ -10,6 +10,9 @@ import (
 var (
 	// ErrNotQcow2 says that the storage does not begin with the qcow2 magic.
 	ErrNotQcow2 = errors.New("not a qcow2 image")
+	// ErrWrongFormat says that the storage has not the magic of the format as which OpenForeign was to open it, or of
+	// any that DetectForeign knows.
+	ErrWrongFormat = errors.New("not an image of this format")
 	// ErrCorrupt says that the image breaks the format. The located form is *CorruptError, or
 	// *HeaderError for a field of the header.
 	ErrCorrupt = errors.New("image is corrupt")
@@ -97,8 +100,8 @@ func (e *CorruptError) Is(target error) bool { return target == ErrCorrupt }
 func (e *CorruptError) Unwrap() error { return e.Err }
 
 // HeaderError is a field of the header, or of one of its extensions, whose value is not allowed. It
-// wraps ErrCorrupt, ErrUnsupported, ErrNotQcow2 or ErrLimit, as the value is against the format, or
-// beyond this library, or beyond the caller's limits.
+// wraps ErrCorrupt, ErrUnsupported, ErrNotQcow2 (of other formats ErrWrongFormat) or ErrLimit, as the value is against
+// the format, or beyond this library, or beyond the caller's limits.
 type HeaderError struct {
 	Field string // the field's name in the specification, such as "cluster_bits"
 	Value any    // what stands there

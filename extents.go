@@ -58,12 +58,17 @@ func (e *Extent) follows(x *Extent) bool {
 // Errors: ErrRange, ErrCorrupt, ErrBackingRequired, fs.ErrClosed, and those of the storage. An error ends
 // the iteration.
 func (img *Image) Extents(off, n int64) iter.Seq2[Extent, error] {
+	return joinExtents(img.extents(off, n), func(err error) error { return opError("extents of", off, int(n), err) })
+}
+
+// joinExtents yields what runs does, as one where one goes on as the other. wrap adds its words to an error.
+func joinExtents(runs iter.Seq2[Extent, error], wrap func(error) error) iter.Seq2[Extent, error] {
 	return func(yield func(Extent, error) bool) {
 		var run Extent
-		for e, err := range img.extents(off, n) {
+		for e, err := range runs {
 			if err != nil {
 				if run.Len == 0 || yield(run, nil) {
-					yield(Extent{}, opError("extents of", off, int(n), err))
+					yield(Extent{}, wrap(err))
 				}
 				return
 			}
@@ -137,37 +142,45 @@ func (img *Image) mapped(off, n uint64) (extent, error) {
 // reports whether to go on.
 func (img *Image) extentsBelow(e Extent, yield func(Extent, error) bool) bool {
 	below := img.lower()
-	if below.missing != nil {
-		yield(Extent{}, below.missing)
-		return false
-	}
-	end := e.Off + e.Len
-	for again := below.disk != nil; again; {
-		again = false
-		for b, err := range extentsOf(below.disk, e.Off, end-e.Off) {
-			if errors.Is(err, fs.ErrClosed) {
-				if now := img.lower(); now.disk != below.disk {
-					below, again = now, true // a Commit or Rebase has put another one into its place
-					break
-				}
+	for {
+		more, err := below.extents(&e, yield)
+		if errors.Is(err, fs.ErrClosed) {
+			if now := img.lower(); now.disk != below.disk {
+				below = now // a Commit or Rebase has put another one into its place
+				continue
 			}
-			if err == nil && (b.Off != e.Off || b.Len <= 0 || b.Len > end-b.Off) {
+		}
+		if err != nil {
+			yield(Extent{}, err)
+		}
+		return more && err == nil
+	}
+}
+
+// extents yields the state of e's range, which the disk above does not hold, one layer deeper. It takes from e what it
+// has yielded. more reports whether to go on.
+func (b *backing) extents(e *Extent, yield func(Extent, error) bool) (more bool, err error) {
+	if b.missing != nil {
+		return false, b.missing
+	}
+	if b.disk != nil {
+		end := e.Off + e.Len
+		for x, err := range extentsOf(b.disk, e.Off, e.Len) {
+			if err == nil && (x.Off != e.Off || x.Len <= 0 || x.Len > end-x.Off) {
 				err = errBadExtents
 			}
 			if err != nil {
-				yield(Extent{}, fmt.Errorf("backing file: %w", err))
-				return false
+				return false, fmt.Errorf("backing file: %w", err)
 			}
-			b.Depth++
-			if !yield(b, nil) {
-				return false
+			x.Depth++
+			e.Off, e.Len = x.Off+x.Len, end-(x.Off+x.Len)
+			if !yield(x, nil) {
+				return false, nil
 			}
-			e.Off = b.Off + b.Len
 		}
 	}
 	// What lies past the end of the backing disk is nobody's.
-	e.Len = end - e.Off
-	return e.Len <= 0 || yield(e, nil)
+	return e.Len <= 0 || yield(*e, nil), nil
 }
 
 // errBadExtents says that a Disk of the caller's yields extents that are not runs without gaps within the range.
@@ -175,8 +188,8 @@ var errBadExtents = errors.New("extents do not follow each other within the rang
 
 // extentsOf is d.Extents, without words that the caller adds.
 func extentsOf(d Disk, off, n int64) iter.Seq2[Extent, error] {
-	if img, ok := d.(*Image); ok {
-		return img.extents(off, n)
+	if d, ok := d.(quietDisk); ok {
+		return d.extents(off, n)
 	}
 	return d.Extents(off, n)
 }

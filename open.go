@@ -470,11 +470,16 @@ func openBacking(h *header, o OpenOptions, c *chain) (b backing, err error) {
 	if !h.hasBacking() {
 		return b, nil
 	}
-	format := h.backingFormat
+	return openNamed(h.backingName, h.backingFormat, o, c)
+}
+
+// openNamed opens the backing file that the image at the chain's end names, of the given format as far as the image
+// tells.
+func openNamed(name, format string, o OpenOptions, c *chain) (b backing, err error) {
 	if o.BackingFormat != "" && c.depth == 1 {
 		format = o.BackingFormat
 	}
-	ref := FileRef{Image: o.Name, Name: h.backingName, Format: format, Kind: KindBacking}
+	ref := FileRef{Image: o.Name, Name: name, Format: format, Kind: KindBacking}
 	required := &FileRequiredError{Ref: ref, Hint: "OpenOptions.Backing or OpenOptions.Resolver"}
 	switch {
 	case o.NoBacking && c.depth == 1:
@@ -482,9 +487,9 @@ func openBacking(h *header, o OpenOptions, c *chain) (b backing, err error) {
 	case o.Resolver == nil:
 		return b, required
 	case format == "":
-		return b, fmt.Errorf("backing file %q: %w", h.backingName, ErrBackingFormatUnknown)
-	case format != "raw" && format != "qcow2":
-		return b, fmt.Errorf("backing file %q: %w: format %q", h.backingName, ErrUnsupported, format)
+		return b, fmt.Errorf("backing file %q: %w", name, ErrBackingFormatUnknown)
+	case format != "raw" && format != "qcow2" && !ForeignFormat(format).known():
+		return b, fmt.Errorf("backing file %q: %w: format %q", name, ErrUnsupported, format)
 	case c.depth >= o.Limits.ChainDepth:
 		return b, fmt.Errorf("%w: %w", ErrChain, &LimitError{Limit: "ChainDepth", Value: int64(c.depth + 1), Max: int64(o.Limits.ChainDepth)})
 	}
@@ -494,17 +499,55 @@ func openBacking(h *header, o OpenOptions, c *chain) (b backing, err error) {
 	}
 	b.disk, err = openBelow(s, format, ref, o, c)
 	if err != nil {
-		return backing{}, fmt.Errorf("backing file %q: %w", h.backingName, err)
+		return backing{}, fmt.Errorf("backing file %q: %w", name, err)
 	}
 	b.owned, b.ref, b.resolver = true, ref, o.Resolver
 	return b, nil
 }
 
+// read reads p at guestOff, which the disk above does not hold: the backing disk, and zeros past its end.
+func (b *backing) read(p []byte, guestOff uint64) error {
+	if b.missing != nil {
+		return b.missing
+	}
+	if b.disk == nil {
+		clear(p)
+		return nil
+	}
+	size := uint64(b.disk.Size())
+	if guestOff >= size {
+		clear(p)
+		return nil
+	}
+	inside := p[:min(uint64(len(p)), size-guestOff)]
+	n, err := readBelow(b.disk, inside, int64(guestOff))
+	if n < len(inside) {
+		if err == nil || err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return fmt.Errorf("backing file: %w", err)
+	}
+	clear(p[len(inside):])
+	return nil
+}
+
+// readBelow is d.ReadAt, without words that the caller adds.
+func readBelow(d Disk, p []byte, off int64) (int, error) {
+	if d, ok := d.(quietDisk); ok {
+		return d.readAt(p, off)
+	}
+	return d.ReadAt(p, off)
+}
+
 // openBelow opens a backing disk in s, which it closes after an error.
 func openBelow(s Storage, format string, ref FileRef, o OpenOptions, c *chain) (Disk, error) {
-	below := OpenOptions{Resolver: o.Resolver, Name: ref.Path(), Limits: o.Limits, Lock: o.Lock, NoSync: o.NoSync}
+	below := OpenOptions{Resolver: o.Resolver, Name: ref.Path(), Limits: o.Limits, Lock: o.Lock, NoSync: o.NoSync,
+		L2CacheBytes: o.L2CacheBytes}
 	if format == "qcow2" {
 		return open(s, below, c)
+	}
+	if f := ForeignFormat(format); f.known() {
+		return openForeign(s, f, below, c)
 	}
 	if err := c.enter(s, o.Limits); err != nil {
 		return nil, errors.Join(err, s.Close())

@@ -63,7 +63,7 @@ type OpenOptions struct {
 	// image. The header's name is not resolved. An image that names no backing file takes it too, as a
 	// throw-away overlay does; whoever opens it otherwise sees zeros there.
 	Backing Disk
-	// BackingFormat overrides the format that the header gives for its backing file ("qcow2" or "raw").
+	// BackingFormat overrides the format that the header gives for its backing file: "qcow2", "raw", or a ForeignFormat.
 	BackingFormat string
 	// DataFile supplies the external data file. The caller closes it, after the image.
 	DataFile Storage
@@ -194,7 +194,7 @@ func (k FileKind) String() string {
 type FileRef struct {
 	Image    string   // name of the image that holds the reference
 	Name     string   // the file's name as it stands in the image: untrusted
-	Format   string   // its format as far as the image or the options tell: "qcow2", "raw" or ""
+	Format   string   // its format as far as the image or the options tell: "qcow2", "raw", a ForeignFormat or ""
 	Kind     FileKind // what it is for
 	Writable bool     // whether writing is wanted: data files of a writable image, the backing file that Commit writes
 }

@@ -183,38 +183,7 @@ func (img *Image) readGuest(p []byte, guestOff uint64) error {
 }
 
 // readBacking reads what the image itself does not hold: the backing disk, and zeros past its end.
-func (img *Image) readBacking(p []byte, guestOff uint64) error {
-	if img.below.missing != nil {
-		return img.below.missing
-	}
-	if img.below.disk == nil {
-		clear(p)
-		return nil
-	}
-	size := uint64(img.below.disk.Size())
-	if guestOff >= size {
-		clear(p)
-		return nil
-	}
-	inside := p[:min(uint64(len(p)), size-guestOff)]
-	n, err := readBelow(img.below.disk, inside, int64(guestOff))
-	if n < len(inside) {
-		if err == nil || err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
-		return fmt.Errorf("backing file: %w", err)
-	}
-	clear(p[len(inside):])
-	return nil
-}
-
-// readBelow is d.ReadAt, without words that the caller adds.
-func readBelow(d Disk, p []byte, off int64) (int, error) {
-	if img, ok := d.(*Image); ok {
-		return img.readAt(p, off)
-	}
-	return d.ReadAt(p, off)
-}
+func (img *Image) readBacking(p []byte, guestOff uint64) error { return img.below.read(p, guestOff) }
 
 // WriteAt is io.WriterAt. It never grows the disk: a range that does not lie within it is ErrRange, and
 // nothing is written. What it wrote is durable after the next Sync; until then a crash leaves old or new

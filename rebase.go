@@ -379,12 +379,6 @@ func (r *rebaser) copyRange(off, n uint64) error {
 	return nil
 }
 
-// read reads p at guestOff from what lies below an image: zeros where there is nothing.
-func (b *backing) read(p []byte, guestOff uint64) error {
-	only := Image{below: *b}
-	return only.readBacking(p, guestOff)
-}
-
 // writeHeld writes p at guestOff, which lies within the reach of one L2 slice; the caller holds its clusters and is
 // registered.
 func (img *Image) writeHeld(p []byte, guestOff uint64) error {

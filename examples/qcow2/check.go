@@ -41,7 +41,7 @@ type checkInfo struct {
 // names. What it finds goes to stderr, one finding a line, even with -q; the totals go to stdout.
 func checkCommand() *cobra.Command {
 	var (
-		source          sourceFlags
+		source          = sourceFlags{reads: true}
 		repair          string
 		showsBar, quiet bool
 	)
@@ -75,8 +75,8 @@ func checkCommand() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("could not open '%s': %w", name, err)
 		}
-		if opts.Format == disk.Raw {
-			return refuseRaw(name, opts)
+		if opts.Format != disk.QCOW2 {
+			return refuseCheck(name, opts)
 		}
 		res, err := checkImage(cmd.Context(), name, opts, o, stderr, showsBar && !quiet)
 		if err != nil {
@@ -105,9 +105,15 @@ func checkCommand() *cobra.Command {
 	return cmd
 }
 
-// refuseRaw returns the error of a check of the named raw file: it has nothing to check, unless not even opening
-// it succeeds.
-func refuseRaw(name string, opts disk.Options) error {
+// refuseCheck returns the error of a check of the named file, which is no qcow2 image: a raw file has nothing to check,
+// and other images are not checked; unless not even opening it succeeds.
+func refuseCheck(name string, opts disk.Options) error {
+	if disk.IsForeign(opts.Format) {
+		if _, err := inspectForeign(name, opts); err != nil {
+			return fmt.Errorf("could not open '%s': %w", name, err)
+		}
+		return &exitError{exitNoCheck, fmt.Errorf("%s: the check of a %s image is not supported", name, opts.Format)}
+	}
 	d, err := disk.Open(name, opts)
 	if err != nil {
 		return fmt.Errorf("could not open '%s': %w", name, err)

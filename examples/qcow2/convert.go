@@ -13,7 +13,7 @@ import (
 // convertCommand is "convert": a disk into a new file of either format.
 func convertCommand() *cobra.Command {
 	var (
-		source          sourceFlags
+		source          = sourceFlags{reads: true}
 		to              disk.Target
 		options         []string
 		sparse          string
@@ -78,6 +78,7 @@ func convertCommand() *cobra.Command {
 		},
 	}
 	source.add(cmd)
+	source.addBackingFormat(cmd)
 	cmd.Flags().StringVarP(&to.Format, "output-format", "O", disk.Raw, "format of the new file: qcow2 or raw")
 	cmd.Flags().BoolVarP(&to.Compress, "compress", "c", false, "compress clusters")
 	cmd.Flags().BoolVarP(&showsBar, "progress", "p", false, "show progress")

@@ -61,7 +61,7 @@ type snapshotInfo struct {
 
 // infoCommand is "info": what an image is. It never opens a file that the image names.
 func infoCommand() *cobra.Command {
-	var source sourceFlags
+	source := sourceFlags{reads: true}
 	cmd := &cobra.Command{
 		Use:   "info [-f FMT] [--output=human|json] [-U] FILE",
 		Short: "Describe a disk image",
@@ -104,6 +104,9 @@ func describe(name string, opts disk.Options) (*imageInfo, error) {
 		size := disk.RoundUp(d.Size())
 		return &imageInfo{Filename: name, Format: disk.Raw, VirtualSize: size, ActualSize: allocated}, d.Close()
 	}
+	if disk.IsForeign(opts.Format) {
+		return describeForeign(name, opts, allocated)
+	}
 	h, snapshots, err := inspect(name, opts.Share)
 	if err != nil {
 		return nil, err
@@ -143,22 +146,11 @@ func describe(name string, opts disk.Options) (*imageInfo, error) {
 // inspect reads the header and the snapshot table of the named image. An image that cannot be opened
 // for its encryption or its features is described without its snapshots.
 func inspect(name string, share bool) (info *qcow2.Info, snapshots []qcow2.Snapshot, err error) {
-	s, err := qcow2.OpenFileStorage(name, os.O_RDONLY, 0)
+	s, size, err := openHeader(name, share)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer s.Close()
-	role := qcow2.LockReader
-	if share {
-		role = qcow2.LockShared
-	}
-	if err := s.Lock(role); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return nil, nil, err
-	}
-	size, err := s.Size()
-	if err != nil {
-		return nil, nil, err
-	}
 	info, err = qcow2.Inspect(s, size, nil)
 	if err != nil || info.SnapshotCount == 0 {
 		return info, nil, err
@@ -175,6 +167,60 @@ func inspect(name string, share bool) (info *qcow2.Info, snapshots []qcow2.Snaps
 		return nil, nil, err
 	}
 	return info, img.Snapshots(), img.Close()
+}
+
+// openHeader opens the named image, whose size is size bytes, to look at its header.
+func openHeader(name string, share bool) (s *qcow2.FileStorage, size int64, err error) {
+	s, err = qcow2.OpenFileStorage(name, os.O_RDONLY, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	role := qcow2.LockReader
+	if share {
+		role = qcow2.LockShared
+	}
+	if err = s.Lock(role); errors.Is(err, errors.ErrUnsupported) {
+		err = nil
+	}
+	if err == nil {
+		size, err = s.Size()
+	}
+	if err != nil {
+		return nil, 0, errors.Join(err, s.Close())
+	}
+	return s, size, nil
+}
+
+// inspectForeign reads the header of the named image, of a format that is read only.
+func inspectForeign(name string, opts disk.Options) (*qcow2.ForeignInfo, error) {
+	s, size, err := openHeader(name, opts.Share)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	return qcow2.InspectForeign(s, size, qcow2.ForeignFormat(opts.Format), nil)
+}
+
+// describeForeign is describe for an image of a format that is read only.
+func describeForeign(name string, opts disk.Options, allocated int64) (*imageInfo, error) {
+	h, err := inspectForeign(name, opts)
+	if err != nil {
+		return nil, err
+	}
+	info := &imageInfo{
+		Filename:      name,
+		Format:        opts.Format,
+		VirtualSize:   h.VirtualSize,
+		ClusterSize:   int(h.BlockSize),
+		ActualSize:    allocated,
+		Backing:       h.BackingFile,
+		BackingFormat: h.BackingFormat,
+		Dirty:         h.NeedsCheck,
+	}
+	if h.BackingFile != "" {
+		info.FullBacking = disk.BesideImage(name, h.BackingFile)
+	}
+	return info, nil
 }
 
 // printJSON prints v as qemu-img does, four spaces deep.

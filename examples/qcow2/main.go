@@ -13,8 +13,9 @@
 //	resize   another size for a disk
 //	snapshot lists, applies, creates and deletes internal snapshots
 //
-// Without -f it takes the format from the first bytes of a file, says so, and opens an image that was
-// found in this way without its backing and data files. -f or --trust opens them.
+// Without -f it takes the format from the magic of a file, says so, and opens an image that was
+// found in this way without its backing and data files. -f or --trust opens them. convert, info and map read images
+// of the formats qed, vpc (VHD) and vdi besides.
 package main
 
 import (
@@ -90,20 +91,36 @@ type sourceFlags struct {
 	share  bool
 
 	snapshot string // -l, of commands that have it
+
+	backingFormat string // --backing-format, of commands that have it
+	reads         bool   // the command takes formats that are read only
 }
 
 // add defines the flags on cmd.
 func (f *sourceFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&f.format, "format", "f", "", "format of the file: qcow2 or raw (default: as its first bytes tell)")
+	if f.reads {
+		cmd.Flags().Lookup("format").Usage = "format of the file: qcow2, raw, qed, vpc or vdi (default: as its magic tells)"
+	}
 	cmd.Flags().BoolVar(&f.trust, "trust", false, "open the files that an image names, although its format was not given")
 	cmd.Flags().BoolVarP(&f.share, "force-share", "U", false, "read a file that somebody else writes")
 }
 
+// addBackingFormat defines --backing-format on cmd: for QED images, which do not tell it, and images of others.
+func (f *sourceFlags) addBackingFormat(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.backingFormat, "backing-format", "", "format of the file's backing file (default: as the image tells)")
+}
+
 // options returns how the named file is opened. It says on stderr what was taken for its format.
 func (f *sourceFlags) options(name string, stderr io.Writer) (disk.Options, error) {
-	opts := disk.Options{Format: f.format, Follow: true, Share: f.share}
+	opts := disk.Options{Format: f.format, Follow: true, Share: f.share, BackingFormat: f.backingFormat}
+	if f.backingFormat != "" && !disk.IsForeign(f.backingFormat) {
+		if err := checkFormat(f.backingFormat); err != nil {
+			return opts, err
+		}
+	}
 	if f.format != "" {
-		return opts, checkFormat(f.format)
+		return opts, f.check(f.format)
 	}
 	format, err := disk.Detect(name)
 	if err != nil {
@@ -111,7 +128,18 @@ func (f *sourceFlags) options(name string, stderr io.Writer) (disk.Options, erro
 	}
 	opts.Format, opts.Follow = format, f.trust
 	fmt.Fprintf(stderr, "qcow2: no format given: takes %s as %s\n", name, format)
-	return opts, nil
+	return opts, f.check(format)
+}
+
+// check refuses a format that the command does not take.
+func (f *sourceFlags) check(format string) error {
+	switch {
+	case !disk.IsForeign(format):
+		return checkFormat(format)
+	case !f.reads:
+		return fmt.Errorf("a %s image is for reading only: convert it into qcow2", format)
+	}
+	return nil
 }
 
 // open opens the named disk.
@@ -132,6 +160,9 @@ func (f *sourceFlags) open(name string, stderr io.Writer) (*disk.Disk, error) {
 	if errors.As(err, &missing) && !opts.Follow {
 		return nil, fmt.Errorf("could not open '%s': it needs its %s '%s'; say -f %s or --trust if you know where it comes from",
 			name, missing.Ref.Kind, printable(missing.Ref.Name), opts.Format)
+	}
+	if errors.Is(err, qcow2.ErrBackingFormatUnknown) {
+		return nil, fmt.Errorf("could not open '%s': %w; say --backing-format FMT", name, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("could not open '%s': %w", name, err)

@@ -14,13 +14,14 @@ import (
 
 // mapCommand is "map": where the disk's content lies.
 func mapCommand() *cobra.Command {
-	var source sourceFlags
+	source := sourceFlags{reads: true}
 	cmd := &cobra.Command{
 		Use:   "map [-f FMT] [--output=human|json] [-U] FILE",
 		Short: "Tell where the content of a disk lies",
 		Args:  cobra.ExactArgs(1),
 	}
 	source.add(cmd)
+	source.addBackingFormat(cmd)
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		if err := checkOutput(*output); err != nil {

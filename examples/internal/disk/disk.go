@@ -1,5 +1,5 @@
 // Package disk opens, creates and converts disks in files, for the programs beside it: qcow2 images
-// and raw files, told apart by a format's name.
+// and raw files, and, for reading, images of other formats, told apart by a format's name.
 package disk
 
 import (
@@ -18,7 +18,14 @@ import (
 const (
 	Raw   = "raw"
 	QCOW2 = "qcow2"
+
+	QED = string(qcow2.ForeignQED) // read only, as those below
+	VHD = string(qcow2.ForeignVHD)
+	VDI = string(qcow2.ForeignVDI)
 )
+
+// IsForeign reports whether the format is one that is read only.
+func IsForeign(format string) bool { return format == QED || format == VHD || format == VDI }
 
 // sector is the unit of a disk's size in bytes.
 const sector = 512
@@ -29,9 +36,9 @@ func RoundUp(size int64) int64 { return (size + sector - 1) &^ (sector - 1) }
 // MaxSize is the largest size of a disk in bytes.
 const MaxSize = 1<<63 - sector
 
-// Detect returns the format of the named file as its first bytes tell: QCOW2 if they are the magic,
-// else Raw. Whoever wrote the file chooses the answer, so an image that was found in this way is
-// opened without the files that it names.
+// Detect returns the format of the named file as its magic tells, which is in its first bytes or, of a fixed VHD, in
+// its last ones; Raw if none is there. Whoever wrote the file chooses the answer, so an image that was found in this
+// way is opened without the files that it names.
 func Detect(name string) (format string, err error) {
 	s, err := qcow2.OpenFileStorage(name, os.O_RDONLY, 0)
 	if err != nil {
@@ -45,7 +52,11 @@ func Detect(name string) (format string, err error) {
 	var hostErr *fs.PathError
 	switch _, err := qcow2.Inspect(s, size, nil); {
 	case errors.Is(err, qcow2.ErrNotQcow2):
-		return Raw, nil
+		f, err := qcow2.DetectForeign(s, size)
+		if errors.Is(err, qcow2.ErrWrongFormat) {
+			return Raw, nil
+		}
+		return string(f), err
 	case errors.As(err, &hostErr):
 		return "", err
 	default:
@@ -55,9 +66,11 @@ func Detect(name string) (format string, err error) {
 
 // Options says how a disk is opened for reading.
 type Options struct {
-	Format string // Raw or QCOW2
+	Format string // Raw, QCOW2, QED, VHD or VDI
 	Follow bool   // open the backing and data files that an image names, wherever they are
 	Share  bool   // read beside a writer (qemu-img's -U)
+
+	BackingFormat string // of the backing file; "" if the image tells
 
 	Snapshot *qcow2.SnapshotRef // the internal snapshot that is meant; nil: the disk itself
 }
@@ -90,6 +103,11 @@ func Open(name string, opts Options) (*Disk, error) {
 		return openRaw(name, opts)
 	case QCOW2:
 		return openImage(name, opts)
+	case QED, VHD, VDI:
+		if opts.Snapshot != nil {
+			return nil, fmt.Errorf("snapshots of a %s image are not supported", opts.Format)
+		}
+		return openForeign(name, opts)
 	}
 	return nil, fmt.Errorf("unknown format %q", opts.Format)
 }
@@ -124,17 +142,36 @@ func openRaw(name string, opts Options) (*Disk, error) {
 	return &Disk{Disk: raw, Files: []string{name}, closers: []func() error{s.Close}}, nil
 }
 
+// open returns how the library opens the named image, with the files that it names.
+func (o *Options) open(name string, files *localFiles) *qcow2.OpenOptions {
+	open := &qcow2.OpenOptions{Name: name, BackingFormat: o.BackingFormat}
+	if o.Share {
+		open.Lock = qcow2.LockShare
+	}
+	if o.Follow {
+		open.Resolver = files
+	}
+	return open
+}
+
+// openForeign is Open for an image of a format that is read only.
+func openForeign(name string, opts Options) (*Disk, error) {
+	s, err := qcow2.OpenFileStorage(name, os.O_RDONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	files := &localFiles{}
+	d, err := qcow2.OpenForeign(s, qcow2.ForeignFormat(opts.Format), opts.open(name, files))
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return &Disk{Disk: d, Files: append([]string{name}, files.backing...), closers: []func() error{d.Close, s.Close}}, nil
+}
+
 // openImage is Open for a qcow2 image.
 func openImage(name string, opts Options) (*Disk, error) {
 	files := &localFiles{}
-	o := &qcow2.OpenOptions{Name: name}
-	if opts.Share {
-		o.Lock = qcow2.LockShare
-	}
-	if opts.Follow {
-		o.Resolver = files
-	}
-	img, err := qcow2.Open(name, o)
+	img, err := qcow2.Open(name, opts.open(name, files))
 	if err != nil {
 		return nil, err
 	}

@@ -67,7 +67,9 @@ type inPlaceScenario struct {
 	opts   InPlaceOptions
 	source []byte
 	holes  [][2]int64  // ranges of the source, in bytes from and to, that are holes
-	layout *testLayout // nil: the source is raw
+	layout *testLayout // nil: the source is raw, or of the format
+	format ForeignFormat
+	below  Disk // the backing file of a source of the format, or nil
 }
 
 // disk returns the file.
@@ -99,6 +101,9 @@ func (sc *inPlaceScenario) over(s Storage) (Layout, error) {
 	if sc.layout != nil {
 		return sc.layout, nil
 	}
+	if sc.format != "" {
+		return OpenForeign(NewSourceView(s, int64(len(sc.source))), sc.format, &OpenOptions{Backing: sc.below})
+	}
 	return NewRawDisk(NewSourceView(s, int64(len(sc.source))))
 }
 
@@ -116,7 +121,9 @@ func (sc *inPlaceScenario) convert(s Storage, skip inPlaceSync) error {
 // resume resumes the conversion of the file in s.
 func (sc *inPlaceScenario) resume(s Storage) (InPlaceState, error) {
 	src, err := sc.over(s)
-	if err != nil {
+	if err != nil && sc.format != "" {
+		src = nil // its header is the image's by now
+	} else if err != nil {
 		return InPlaceNone, err
 	}
 	return ResumeInPlace(context.Background(), s, src, int64(len(sc.source)), &sc.opts)
@@ -128,6 +135,17 @@ const backingByte = 0xb7
 // content returns what the disk of the source reads.
 func (sc *inPlaceScenario) content() []byte {
 	source := sc.disk().Bytes()
+	if sc.format != "" {
+		src, err := sc.over(crashStorage{sc.disk()})
+		if err != nil {
+			panic(err)
+		}
+		p := make([]byte, src.Size())
+		if _, err := src.(Disk).ReadAt(p, 0); err != nil {
+			panic(err)
+		}
+		return p
+	}
 	if sc.layout == nil {
 		return append(source, make([]byte, -len(source)&(sectorSize-1))...)
 	}

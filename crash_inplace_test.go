@@ -159,7 +159,7 @@ func TestInPlaceCrash(t *testing.T) {
 	rounds := 1
 	if n, err := strconv.Atoi(os.Getenv(inPlaceStatesEnv)); err == nil {
 		o, again = crashtest.Options{PerPoint: 80}, 12
-		rounds = max(1, n/20000)
+		rounds = max(1, n/5000)
 	}
 	var total, later crashtest.Stats
 	sources, halves, images := 0, 0, 0

@@ -49,13 +49,13 @@ type InPlaceError struct {
 
 func (e *InPlaceError) Error() string {
 	s := "found: " + e.Found.String()
-	if e.Length >= 0 {
-		s += fmt.Sprintf(", which names a source of %d bytes", e.Length)
+	switch {
+	case e.Length < 0:
+		return s
+	case e.Expected < 0:
+		return fmt.Sprintf("%s, of a source of %d bytes: use ResumeInPlace or RollbackInPlace", s, e.Length)
 	}
-	if e.Expected >= 0 {
-		return s + fmt.Sprintf(", where %d were expected", e.Expected)
-	}
-	return s + ": use ResumeInPlace or RollbackInPlace"
+	return fmt.Sprintf("%s, of a source of %d bytes, where %d were expected", s, e.Length, e.Expected)
 }
 
 // Is reports whether target is ErrInPlace.

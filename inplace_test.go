@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/go-qcow2/qcow2/internal/crashtest"
+	"github.com/google/go-cmp/cmp"
 )
 
 // TestConvertInPlace converts files of all kinds: the image is sound, holds what the disk held, and the data bytes have
@@ -88,6 +89,32 @@ func TestConvertInPlaceGoesOn(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestInPlaceOrder compares the host operations of a conversion with what its comment says.
+func TestInPlaceOrder(t *testing.T) {
+	sc := inPlaceScenarioNamed(t, "trailer behind a whole cluster")
+	host := newFaultHost(map[string]*crashtest.Disk{"image": sc.disk()})
+	if err := sc.convert(host.storage("image"), inPlaceSyncNone); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"image truncate 0x20200",      // whether it can be cut: to the length that it has
+		"image write 0x80000+0x200",   // footer
+		"image sync",                  //
+		"image write 0x80200+0x200",   // copy of the trailer
+		"image write 0x30000+0x50000", // tables, and the cluster in the header's place
+		"image sync",                  //
+		"image write 0x0+0x200",       // header
+		"image sync",                  //
+		"image write 0x200+0xfe00",    // the rest of its cluster
+		"image sync",                  //
+		"image truncate 0x80000",      // without footer and trailer
+		"image sync",
+	}
+	if diff := cmp.Diff(want, host.changes(0)); diff != "" {
+		t.Errorf("host operations (-want +got):\n%s", diff)
 	}
 }
 

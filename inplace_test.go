@@ -100,17 +100,17 @@ func TestInPlaceOrder(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
-		"image truncate 0x20200",      // whether it can be cut: to the length that it has
-		"image write 0x80000+0x200",   // footer
-		"image sync",                  //
+		"image truncate 0x20200",    // whether it can be cut: to the length that it has
+		"image write 0x80000+0x200", // footer
+		"image sync",
 		"image write 0x80200+0x200",   // copy of the trailer
 		"image write 0x30000+0x50000", // tables, and the cluster in the header's place
-		"image sync",                  //
-		"image write 0x0+0x200",       // header
-		"image sync",                  //
-		"image write 0x200+0xfe00",    // the rest of its cluster
-		"image sync",                  //
-		"image truncate 0x80000",      // without footer and trailer
+		"image sync",
+		"image write 0x0+0x200", // header
+		"image sync",
+		"image write 0x200+0xfe00", // the rest of its cluster
+		"image sync",
+		"image truncate 0x80000", // without footer and trailer
 		"image sync",
 	}
 	if diff := cmp.Diff(want, host.changes(0)); diff != "" {

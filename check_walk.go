@@ -42,10 +42,12 @@ type checker struct {
 	refTable  *table     // nil if it cannot be used
 	snapshots []snapshot // of the snapshot table
 	snapBytes uint64     // bytes of the snapshot table
-	l2        []l2Ref    // the L2 tables, by host offset
-	pending   []l2Ref    // not yet merged into l2
-	bitmaps   []span     // the tables of bitmaps
-	misplaced []l2Ref    // what L1 entries name that no L2 table can be: not aligned, or the header; see misplacedBytes
+	// snapBeyond is the clusters of the snapshot table if it ends past the end of the file: they are not counted.
+	snapBeyond clusterRun
+	l2         []l2Ref // the L2 tables, by host offset
+	pending    []l2Ref // not yet merged into l2
+	bitmaps    []span  // the tables of bitmaps
+	misplaced  []l2Ref // what L1 entries name that no L2 table can be: not aligned, or the header; see misplacedBytes
 
 	unusable    bool // a refcount block, or the table, cannot be used: to be repaired, it must be replaced
 	badBitmaps  bool // the bitmap directory or a bitmap's table is not in the file
@@ -408,7 +410,10 @@ func (c *checker) walkSnapshots() error {
 // walkSmall counts the tables that are one range each.
 func (c *checker) walkSmall() error {
 	h := c.hdr
-	c.refer(h.snapshotsOff, c.snapBytes, 1, 0, part(FindingBeyondEnd, "snapshot table", h.snapshotsOff))
+	if !c.refer(h.snapshotsOff, c.snapBytes, 1, 0, part(FindingBeyondEnd, "snapshot table", h.snapshotsOff)) {
+		c.structural = true
+		c.snapBeyond = clusterRun{first: h.snapshotsOff >> c.clusterBits, n: c.clusters(c.offsetInCluster(h.snapshotsOff) + c.snapBytes)}
+	}
 	if c.refTable != nil && !c.refer(h.refTableOff, h.refTableBytes(), 1, 0, part(FindingBeyondEnd, "refcount table", h.refTableOff)) {
 		c.unusable = true
 	}

@@ -347,3 +347,58 @@ func TestForeignQEMUVHDSize(t *testing.T) {
 	}
 	t.Logf("%d sizes compared", n)
 }
+
+// TestForeignQEMUKilled reads a QED image whose writer was killed, whole and with clusters at its end that did not
+// become part of the file. It reads as what qemu-img's repair makes of it.
+func TestForeignQEMUKilled(t *testing.T) {
+	qemutest.Require(t)
+	dir := t.TempDir()
+	image := filepath.Join(dir, "image")
+	qemutest.Img(t, "create", "-q", "-f", "qed", "-o", "cluster_size=4096,table_size=2", image, "20M")
+	cmd := exec.Command("qemu-io", "-f", "qed", "-c", "write -P 1 0 10k", "-c", "write -P 2 3M 20k", "-c", "write -P 3 9M 30k",
+		"-c", "flush", "-c", "sigraise 9", image)
+	if out, err := cmd.CombinedOutput(); err == nil || cmd.ProcessState.ExitCode() != -1 {
+		t.Fatalf("qemu-io was not killed: %v\n%s", err, out)
+	}
+	file, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost := 0
+	for cut := 0; cut <= 16; cut++ {
+		kept := file[:len(file)-cut*4096]
+		if err := os.WriteFile(image, kept, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		im := &foreignImage{format: ForeignQED, file: kept}
+		d := im.mustOpen(t, nil)
+		if !d.Info().NeedsCheck {
+			t.Fatal("the flag is not set")
+		}
+		got := make([]byte, d.Size())
+		if _, err := d.ReadAt(got, 0); err != nil {
+			t.Fatalf("without %d clusters: %v", cut, err)
+		}
+		if out, exit := qemutest.ImgExit(t, "check", "-f", "qed", "-r", "all", image); exit != 0 && exit != 3 { // 3: leaks are left
+			t.Fatalf("qemu-img check: exit %d\n%s", exit, out)
+		}
+		raw := filepath.Join(dir, "raw")
+		qemutest.Img(t, "convert", "-f", "qed", "-O", "raw", image, raw)
+		want, err := os.ReadFile(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("without %d clusters: not what the repaired image reads as, from %#x on", cut, firstDifference(got, want))
+		}
+		checkForeignExtents(t, d, kept, want)
+		if got[9<<20] == 0 {
+			lost++
+		}
+		mustClose(t, d)
+	}
+	if lost == 0 {
+		t.Error("no cluster was cut off")
+	}
+	t.Logf("%d images, %d without what was written last", 17, lost)
+}

@@ -66,9 +66,14 @@ func (r *repairer) writeCounts(c *checker, pick func(stored, n uint64) uint64) e
 }
 
 // take takes n clusters in one run that c counted no reference to, and counts one to each: behind all others,
-// or between them where the host cannot grow so far.
+// or between them where the host cannot grow so far. A snapshot table past the end of the file is left alone: the header
+// names it, so that a reader would see there what is half written (I3).
 func (r *repairer) take(c *checker, n uint64) (clusterRun, error) {
 	run := clusterRun{first: c.refs.end(), n: n}
+	beyond := func(ci uint64) bool { return ci-c.snapBeyond.first < c.snapBeyond.n }
+	if beyond(run.first) || run.first < c.snapBeyond.first && n > c.snapBeyond.first-run.first {
+		run.first = c.snapBeyond.first + c.snapBeyond.n
+	}
 	limit := uint64(maxHostOff) >> c.clusterBits
 	if r.host.fixed {
 		limit = min(limit, c.size>>c.clusterBits)
@@ -80,7 +85,7 @@ func (r *repairer) take(c *checker, n uint64) (clusterRun, error) {
 			switch {
 			case ci >= limit:
 				return run, fmt.Errorf("take %d clusters for the repair: %w", n, syscall.ENOSPC)
-			case c.refs.count(ci) != 0:
+			case c.refs.count(ci) != 0 || beyond(ci):
 				run.first, free = ci+1, 0
 			default:
 				free++

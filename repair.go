@@ -414,12 +414,12 @@ type snapshotTablePlan struct {
 	entries []uint64 // where in data the entries begin
 }
 
-// planSnapshotTable builds a new snapshot table if entries of the old one are incomplete or too long, and takes clusters
-// for it at the end of what c counted. Extra data above 1 KiB is not in the new one: no reader opens an image with it,
+// planSnapshotTable builds a new snapshot table if entries of the old one are incomplete or too long, or past the end of
+// the file, and takes clusters for it at the end of what c counted. Extra data above 1 KiB is not in the new one: no reader opens an image with it,
 // so that nobody can have stored there what would be missed, while without the snapshot all of its disk would be.
 // So are the new places of L1 tables by p.
 func (r *repairer) planSnapshotTable(c *checker, p *parting) (*snapshotTablePlan, error) {
-	incomplete := p.table || len(c.snapshots) < int(r.h.nbSnapshots) // the rest is past the end of the file
+	incomplete := p.table || c.snapBeyond.n > 0 || len(c.snapshots) < int(r.h.nbSnapshots) // the rest is past the end of the file
 	var data []byte
 	var entries []uint64
 	for i, s := range c.snapshots {

@@ -527,6 +527,11 @@ func worse(before, now *refwalk.Report) string {
 		{"I7: wrong COPIED", before.CopiedWrong, now.CopiedWrong},
 	} {
 		if n.now > n.before {
+			if n.what[:2] == "I7" && before.SnapshotsUnread {
+				// A repair counts what such a table refers to as well, and raises the counts of what it lies over. COPIED in
+				// an L2 table that it lies over is left alone until the two are parted; then the counts are too high.
+				continue
+			}
 			return fmt.Sprintf("%s: %d, and %d before the repair: %s", n.what, n.now, n.before, strings.Join(now.Findings, "; "))
 		}
 	}

@@ -71,6 +71,9 @@ type Report struct {
 	Allocated, Compressed int
 	// InternalSnapshots are the snapshots, in the order of their table.
 	InternalSnapshots []Snapshot
+	// SnapshotsUnread says that the snapshot table cannot be read, which is one of BadEntries: what it and its
+	// snapshots refer to is not counted.
+	SnapshotsUnread bool
 }
 
 // Snapshot is an entry of the snapshot table.
@@ -435,6 +438,7 @@ func (w *walker) walkSnapshots() error {
 	}
 	snapshots, n, err := w.readSnapshots(&w.file)
 	if err != nil {
+		w.rep.SnapshotsUnread = true
 		w.bad("%v", err)
 		return nil
 	}

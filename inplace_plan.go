@@ -92,7 +92,7 @@ func (c *inPlace) planWith(src Layout, size int64, clusterSize int) error {
 	_, raw := src.(*RawDisk)
 	r := layoutReader{
 		h: c.host, g: h.geometry(), length: c.length, size: uint64(size), backing: h.hasBacking(), holes: raw,
-		maxRuns: int(max(c.limits.MetadataBytes/inPlaceRunBytes, 1)),
+		maxRuns: int(min(max(c.limits.MetadataBytes/inPlaceRunBytes, 1), math.MaxInt32)),
 	}
 	if err := r.read(c.ctx, src); err != nil {
 		return err

@@ -16,16 +16,16 @@ import (
 // Ranges of the file in which nothing is in use have no refcount block, and ranges of the disk in which nothing is
 // allocated no L2 table.
 type inPlacePlan struct {
-	g                            geometry
-	runs                         []inPlaceRun // by guest clusters; those of copied clusters have their place
-	used                         []inPlaceRun // those in the source's part of the file, by host clusters
-	moved                        []movedCluster
-	refTable, l1Table            *table
-	table, blocks, l1, l2, copyc uint64
-	end                          uint64
-	trailer                      []byte // last sector of the source, to be kept at the end; nil: none
-	first                        []byte // first sector of the image
-	footer                       inPlaceFooter
+	g                             geometry
+	runs                          []inPlaceRun // by guest clusters; those of copied clusters have their place
+	used                          []inPlaceRun // those in the source's part of the file, by host clusters
+	moved                         []movedCluster
+	refTable, l1Table             *table
+	table, blocks, l1, l2, copies uint64
+	end                           uint64
+	trailer                       []byte // last sector of the source, to be kept at the end; nil: none
+	first                         []byte // first sector of the image
+	footer                        inPlaceFooter
 }
 
 // makePlan plans the image for the source of c, which src describes.
@@ -164,13 +164,13 @@ func (p *inPlacePlan) place(h *header, length uint64) error {
 	p.blocks = p.table + rc.tableClusters
 	p.l1 = p.blocks + uint64(len(below)) + rc.blocks
 	p.l2 = p.l1 + l1Clusters
-	p.copyc = p.l2 + uint64(len(l2))
-	p.end = p.copyc + uint64(len(p.moved))
+	p.copies = p.l2 + uint64(len(l2))
+	p.end = p.copies + uint64(len(p.moved))
 	if p.end >= maxHostOff>>g.clusterBits {
 		return fmt.Errorf("%w: tables up to host %#x, above %#x", ErrTooLarge, p.end<<g.clusterBits, uint64(maxHostOff))
 	}
 	for i := range p.moved {
-		p.runs[p.moved[i].run].host = p.copyc + uint64(i)
+		p.runs[p.moved[i].run].host = p.copies + uint64(i)
 	}
 	p.refTable = newTable(rc.tableClusters << g.clusterBits / 8)
 	for i, b := range below {

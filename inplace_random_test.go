@@ -77,9 +77,9 @@ func randomInPlace(rng *rand.Rand) inPlaceScenario {
 // TestConvertInPlaceRandom converts files with random layouts: one that is refused is not touched, and any other
 // becomes a sound image with the content that the layout tells.
 func TestConvertInPlaceRandom(t *testing.T) {
-	seeds := 1500
+	seeds := 600
 	if testing.Short() {
-		seeds = 300
+		seeds = 150
 	}
 	refused := make(map[string]int)
 	converted := make(map[uint64]int)

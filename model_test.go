@@ -561,6 +561,12 @@ func (r *modelRun) resize(o op) error {
 		}
 		return nil
 	}
+	if r.c.storage == "device" && isNoSpace(err) {
+		if r.img.Size() != r.model.size {
+			return fmt.Errorf("refused (%w), and the disk has %#x bytes", err, r.img.Size())
+		}
+		return r.walk(false)
+	}
 	if err != nil {
 		return err
 	}

@@ -55,6 +55,12 @@ var (
 	ErrResolve = errors.New("file name refused")
 	// ErrSnapshotNotFound says that no snapshot has the given id or name.
 	ErrSnapshotNotFound = errors.New("no such snapshot")
+	// ErrNotAligned says that the data of a file cannot stay where it is in a conversion in place. Convert copies it.
+	// The located form is *AlignError.
+	ErrNotAligned = errors.New("data is not aligned to clusters")
+	// ErrInPlace says that a file is between its source and a qcow2 image, by a conversion in place that did not end
+	// (ConvertInPlace), or is not, where that was expected. What was found is in *InPlaceError.
+	ErrInPlace = errors.New("conversion in place is not finished")
 	// ErrBusy refuses an operation while something else holds what it would change.
 	ErrBusy = errors.New("busy")
 	// ErrSourceChanged says that the source of WriteStream maps, or holds, something else than in the pass before.

@@ -184,6 +184,34 @@ func ExampleStreamSize() {
 	// Output: 393216 393216
 }
 
+// A raw disk becomes an image in its own file: the data stays where it is.
+func ExampleConvertInPlace() {
+	s := qcow2.NewMemoryStorage()
+	_, err := s.WriteAt([]byte("hello"), 3<<20)
+	check(err)
+	check(s.Truncate(1 << 30))
+	src, err := qcow2.NewRawDisk(s)
+	check(err)
+	length := src.Size() // to be noted: RollbackInPlace and ResumeInPlace want to be told after a crash
+	check(qcow2.ConvertInPlace(context.Background(), s, src, nil))
+
+	img, err := qcow2.OpenStorage(s, nil)
+	check(err)
+	defer img.Close()
+	p := make([]byte, 5)
+	_, err = img.ReadAt(p, 3<<20)
+	check(err)
+	for e, err := range img.Extents(3<<20, 1<<16) {
+		check(err)
+		fmt.Printf("%s, at %d of the disk and %d of the file\n", p, e.Off, e.HostOff)
+	}
+	_, err = qcow2.RollbackInPlace(context.Background(), s, length)
+	fmt.Println(errors.Is(err, qcow2.ErrInPlace)) // there is nothing to roll back
+	// Output:
+	// hello, at 3145728 of the disk and 3145728 of the file
+	// true
+}
+
 // An image that was damaged is checked and repaired.
 func ExampleImage_Check() {
 	s := qcow2.NewMemoryStorage()

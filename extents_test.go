@@ -164,10 +164,11 @@ func TestExtentsWalk(t *testing.T) {
 	}
 }
 
-// countedStorage counts the reads of a storage.
+// countedStorage counts the reads of a storage, and the bytes that are read and written.
 type countedStorage struct {
 	Storage
 	reads, bytes atomic.Int64
+	written      atomic.Int64
 }
 
 // ReadAt implements Storage.
@@ -175,6 +176,12 @@ func (s *countedStorage) ReadAt(p []byte, off int64) (int, error) {
 	s.reads.Add(1)
 	s.bytes.Add(int64(len(p)))
 	return s.Storage.ReadAt(p, off)
+}
+
+// WriteAt implements Storage.
+func (s *countedStorage) WriteAt(p []byte, off int64) (int, error) {
+	s.written.Add(int64(len(p)))
+	return s.Storage.WriteAt(p, off)
 }
 
 // TestExtentsReads maps a preallocated image of 256 GiB: the tables are read once, in large pieces, what the cache held

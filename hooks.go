@@ -17,9 +17,10 @@ type testHooks struct {
 	entriesLast     bool // lower counts and cut the file of a shrink before entries are cleared: breaks I1, I3
 	tailLast        bool // make what stands behind the old end zeros after the switch: breaks I4
 
-	repairSkip repairSync // the sync of a repair that is left out
-	amendSkip  amendSync  // the sync of a header rewrite, Rebase or Amend that is left out
-	emptyOrder emptyOrder // the ordering of MakeEmpty or Commit that is broken
+	repairSkip  repairSync  // the sync of a repair that is left out
+	amendSkip   amendSync   // the sync of a header rewrite, Rebase or Amend that is left out
+	emptyOrder  emptyOrder  // the ordering of MakeEmpty or Commit that is broken
+	inPlaceSkip inPlaceSync // the sync of a conversion in place that is left out
 
 	snapshotSkip snapshotSyncs // the syncs of operations on snapshots that are left out
 	keepCopied   bool          // leave COPIED in the tables of a snapshot that is applied: breaks I7

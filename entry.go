@@ -116,7 +116,7 @@ func (r *entryRules) kindRun(e l2Entry, sub uint64) (clusterKind, uint64) {
 	if k == kindCompressed {
 		return k, subclustersPerCluster - sub
 	}
-	// What the subclusters of an entry are differs by their two bits alone.
+	// What the subclusters of an entry are differs by their two bits alone, but for invalid ones, whose runs may be cut.
 	other := (e.bitmap ^ -(e.bitmap >> sub & 1)) | (e.bitmap>>subclustersPerCluster ^ -(e.bitmap >> (subclustersPerCluster + sub) & 1))
 	return k, uint64(bits.TrailingZeros64(other>>sub | 1<<(subclustersPerCluster-sub)))
 }

@@ -396,13 +396,13 @@ func (m *interopModel) expectExtents(img *qcow2.Image) (interopTally, error) {
 				ok = e.Kind == qcow2.ExtentUnallocated || m.inChain && e.Depth == 1
 				tally.NotHere = true
 			case unitData:
-				ok = e.Kind == qcow2.ExtentData && e.Depth == 0 && e.HostOff > 0
+				ok = (e.Kind == qcow2.ExtentData || e.Hole) && e.Depth == 0 && e.HostOff > 0
 				if m.interopCase.data {
-					ok = e.Kind == qcow2.ExtentData && e.Depth == 0 && e.HostOff == e.Off
+					ok = (e.Kind == qcow2.ExtentData || e.Hole) && e.Depth == 0 && e.HostOff == e.Off
 				}
 				tally.Data = true
 			case unitZero:
-				ok = e.Kind == qcow2.ExtentZero && e.Depth == 0 && (e.HostOff >= 0) == host
+				ok = e.Kind == qcow2.ExtentZero && !e.Hole && e.Depth == 0 && (e.HostOff >= 0) == host
 				if host {
 					tally.ZeroAlloc = true
 				} else {

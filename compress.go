@@ -16,28 +16,39 @@ func (c CompressionType) codecType() codec.Type {
 	return codec.Deflate
 }
 
-// readCompressed reads the part of a compressed cluster that lies at guestOff into p. The whole cluster is
-// unpacked and kept, as its neighbours are often read next.
+// readCompressed reads the part of a compressed cluster that lies at guestOff into p. Of a part, the whole
+// cluster is unpacked and kept, as what lies beside it is often read next.
 func (img *Image) readCompressed(p []byte, guestOff uint64, x extent) error {
 	m := img.m
 	index := guestOff >> m.clusterBits
 	in := m.offsetInCluster(guestOff)
+	if uint64(len(p)) == m.clusterSize {
+		return img.unpack(p, guestOff, x) // who reads it whole is not going to read a part of it next
+	}
 	if img.decoded.copyTo(p, index, x.word, in) {
 		return nil
 	}
-	off, n := m.compressed(x.word)
-	payload := getBuffer(n)
-	defer putBuffer(payload)
-	if err := m.h.readFull(*payload, off); err != nil {
-		return err
-	}
 	out := getBuffer(m.clusterSize)
 	defer putBuffer(out)
-	if err := codec.Decompress(*out, *payload, img.codec); err != nil {
-		return &CorruptError{What: "compressed cluster", HostOff: int64(off), GuestOff: int64(m.clusterStart(guestOff)), Err: err}
+	if err := img.unpack(*out, m.clusterStart(guestOff), x); err != nil {
+		return err
 	}
 	copy(p, (*out)[in:])
 	img.decoded.add(*out, index, x.word)
+	return nil
+}
+
+// unpack unpacks the compressed cluster at guestOff into p, which is one cluster.
+func (img *Image) unpack(p []byte, guestOff uint64, x extent) error {
+	off, n := img.m.compressed(x.word)
+	payload := getBuffer(n)
+	defer putBuffer(payload)
+	if err := img.m.h.readFull(*payload, off); err != nil {
+		return err
+	}
+	if err := codec.Decompress(p, *payload, img.codec); err != nil {
+		return &CorruptError{What: "compressed cluster", HostOff: int64(off), GuestOff: int64(guestOff), Err: err}
+	}
 	return nil
 }
 
@@ -228,9 +239,14 @@ func (img *Image) linkPacked(payload []byte, off uint64) error {
 
 // takePacked allocates n bytes for a compressed cluster that replaces entries, at guest offset off.
 func (img *Image) takePacked(entries []l2Entry, off, n uint64) (uint64, error) {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	return img.takePackedLocked(entries, off, n)
+}
+
+// takePackedLocked is takePacked. Precondition: mu.
+func (img *Image) takePackedLocked(entries []l2Entry, off, n uint64) (uint64, error) {
 	m := img.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	if err := img.checkDisplaced(entries, off); err != nil {
 		return 0, err
 	}

@@ -209,6 +209,8 @@ func diskUses(d Disk, ids []any) bool {
 	switch d := d.(type) {
 	case *Image:
 		return in(d.host.s) || in(d.data.s) || diskUses(d.below.disk, ids)
+	case *SnapshotDisk:
+		return diskUses(d.img, ids)
 	case *ForeignDisk:
 		return in(d.host.s) || diskUses(d.below.disk, ids)
 	case *RawDisk:

@@ -63,6 +63,7 @@ func rangeError(op string, off, n int64, err error) error {
 type zeroing struct {
 	discard bool   // what the mapping cannot do stays, rather than being written
 	unmap   bool   // host clusters are freed
+	always  bool   // zero clusters are made also where zeros are read without them; not in version 2
 	below   uint64 // guest offset from where on nothing lies below the image; of the slice at hand
 
 	entries, changed []l2Entry // of one slice; used again for the next
@@ -103,7 +104,11 @@ const maxFreedRuns = 1 << 17
 func (img *Image) zeroRange(z *zeroing, lo, hi uint64) error {
 	m := img.m
 	perSlice := uint64(1) << (m.sliceBits - m.l2EntryBits + m.clusterBits)
-	for pos := img.skipUnmapped(lo, hi); pos < hi; pos = img.skipUnmapped(pos, hi) {
+	skip := img.skipUnmapped
+	if z.always {
+		skip = func(pos, _ uint64) uint64 { return pos }
+	}
+	for pos := skip(lo, hi); pos < hi; pos = skip(pos, hi) {
 		end := min(hi, pos&^(perSlice-1)+perSlice)
 		seen := m.alloc.released.Load()
 		rest, err := img.zeroSlice(z, pos, end)
@@ -281,7 +286,7 @@ func (img *Image) zeroEntry(z *zeroing, e l2Entry, at, first, end uint64) (_ l2E
 	switch {
 	case compressed && !full:
 		return e, false
-	case !compressed && !has && at+first<<m.subBits >= z.below:
+	case !z.always && !compressed && !has && at+first<<m.subBits >= z.below:
 		return e, true // nothing is stored, and nothing lies below
 	case m.version2 && at < z.below:
 		return e, false // only data hides what lies below

@@ -173,15 +173,9 @@ func (h *hostFile) writeData(guestOff uint64, p []byte, off uint64) error {
 
 // writeFor is write for guestOff, or noOffset.
 func (h *hostFile) writeFor(use clusterUse, guestOff int64, p []byte, off uint64) error {
-	if err := h.failure(); err != nil {
+	if err := h.claim(use, guestOff, off, uint64(len(p))); err != nil {
 		return err
 	}
-	if h.watched != 0 {
-		if kinds, at := h.metadata.query(off, uint64(len(p)), h.watched&^useKinds[use]); kinds != 0 {
-			return h.refuse(use, guestOff, kinds, at)
-		}
-	}
-	h.reach(off + uint64(len(p)))
 	n, err := h.s.WriteAt(p, int64(off))
 	if err == nil && n < len(p) {
 		err = io.ErrShortWrite
@@ -189,6 +183,20 @@ func (h *hostFile) writeFor(use clusterUse, guestOff int64, p []byte, off uint64
 	if err != nil {
 		return fmt.Errorf("write %d bytes at host %#x: %w", len(p), off, err)
 	}
+	return nil
+}
+
+// claim is what comes before a write of n bytes at off: it returns why there must be none, or notes that there may be one.
+func (h *hostFile) claim(use clusterUse, guestOff int64, off, n uint64) error {
+	if err := h.failure(); err != nil {
+		return err
+	}
+	if h.watched != 0 {
+		if kinds, at := h.metadata.query(off, n, h.watched&^useKinds[use]); kinds != 0 {
+			return h.refuse(use, guestOff, kinds, at)
+		}
+	}
+	h.reach(off + n)
 	return nil
 }
 

@@ -6,6 +6,7 @@
 //	check    whether an image is consistent, and its repair; exit codes besides: 2 if it is corrupt, 3 if
 //	         space is lost and nothing else, 63 if the format has nothing to check
 //	convert  a disk into another format
+//	dd       blocks of a disk into a file
 //	map      where the content of a disk lies
 //	measure  how large a new image of a disk will be
 //	compare  whether two disks read the same; exit codes: 1 if they do not, 2, 3 and 4 if that cannot be told
@@ -66,7 +67,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), mapCommand(),
+	root.AddCommand(createCommand(), infoCommand(), checkCommand(), convertCommand(), ddCommand(), mapCommand(),
 		measureCommand(), compareCommand(), amendCommand(),
 		commitCommand(), rebaseCommand(), resizeCommand(), snapshotCommand())
 	root.CompletionOptions.DisableDefaultCmd = true

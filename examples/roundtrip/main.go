@@ -25,8 +25,10 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/go-qcow2/qcow2"
 	"github.com/go-qcow2/qcow2/examples/internal/disk"
 	"github.com/go-qcow2/qcow2/examples/internal/progress"
+	"github.com/go-qcow2/qcow2/internal/measure"
 )
 
 func main() {
@@ -63,7 +65,7 @@ func roundTrip(ctx context.Context, w io.Writer, file string, content int64) (er
 	if made {
 		file = path("disk.raw")
 		from := time.Now()
-		if err := makeFileSystem(ctx, w, file, path("files"), content); err != nil {
+		if err := measure.MakeFileSystem(ctx, w, file, path("files"), content); err != nil {
 			return fmt.Errorf("make a file system: %w", err)
 		}
 		fmt.Fprintf(w, "made %s in %v\n", file, time.Since(from).Round(time.Millisecond))
@@ -83,7 +85,7 @@ func roundTrip(ctx context.Context, w io.Writer, file string, content int64) (er
 		{"compressed qcow2 -> raw", packed, disk.QCOW2, back, disk.Raw, false},
 	}
 	for _, s := range steps {
-		target := disk.Target{Name: s.dst, Format: s.to, Compress: s.compress}
+		target := disk.Target{Name: s.dst, Format: s.to, Options: qcow2.ConvertOptions{Compress: s.compress}}
 		if err := convert(ctx, w, s.name, s.src, s.format, target); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
@@ -122,7 +124,7 @@ func convert(ctx context.Context, w io.Writer, name, src, format string, to disk
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
 	bar := progress.Start(os.Stderr, name)
-	to.Progress = bar.Update
+	to.Options.Progress = bar.Update
 	err = disk.Convert(ctx, d, to)
 	bar.Done(err)
 	if err != nil {
@@ -196,7 +198,7 @@ func compare(ctx context.Context, a, b string) (n int64, err error) {
 // judge runs another program as a judge, which must exit with 0. One that is not installed is passed
 // over, and said to be.
 func judge(ctx context.Context, w io.Writer, name string, args ...string) error {
-	program, err := findProgram(name)
+	program, err := measure.FindProgram(name)
 	if err != nil {
 		fmt.Fprintf(w, "%s %s: SKIPPED, not installed\n", name, args[0])
 		return nil
@@ -208,18 +210,4 @@ func judge(ctx context.Context, w io.Writer, name string, args ...string) error 
 	}
 	fmt.Fprintf(w, "%s %s %s: clean (%v)\n", name, args[0], filepath.Base(args[len(args)-1]), time.Since(from).Round(time.Millisecond))
 	return nil
-}
-
-// findProgram returns where a program is, also if that is where only root looks.
-func findProgram(name string) (string, error) {
-	path, err := exec.LookPath(name)
-	if err == nil {
-		return path, nil
-	}
-	for _, dir := range []string{"/usr/sbin", "/sbin"} {
-		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
-			return path, nil
-		}
-	}
-	return "", err
 }

@@ -7,12 +7,14 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/go-qcow2/qcow2/internal/measure"
 )
 
 func TestRoundTrip(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
 	t.Run("a file system", func(t *testing.T) {
-		if _, err := findProgram("mke2fs"); err != nil {
+		if _, err := measure.FindProgram("mke2fs"); err != nil {
 			if os.Getenv("QCOW2_REQUIRE_QEMU") == "1" {
 				t.Fatal(err)
 			}

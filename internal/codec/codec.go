@@ -42,6 +42,8 @@ const MaxClusterSize = 2 << 20
 var (
 	// ErrType says that a compression type is neither Deflate nor Zstd.
 	ErrType = errors.New("unknown compression type")
+	// ErrWindow says that a window is neither NarrowWindow nor WideWindow.
+	ErrWindow = errors.New("no window of deflate payloads")
 	// ErrSize says that the plain side of a call is empty or larger than MaxClusterSize.
 	ErrSize = errors.New("not the size of a cluster")
 	// ErrShort says that a payload ends, or is cut off, before the cluster is full.
@@ -61,13 +63,28 @@ var (
 // ErrType and ErrSize are the only errors. Equal clusters give equal payloads under one type, whatever the encoders
 // did before (but not under another version of this package, or of the encoders').
 func Compress(dst, src []byte, typ Type) (n int, ok bool, err error) {
+	return CompressWindow(dst, src, typ, NarrowWindow)
+}
+
+// The windows of deflate payloads in bytes.
+const (
+	NarrowWindow = 1 << 12 // QEMU's
+	WideWindow   = 1 << 15 // the format's
+)
+
+// CompressWindow is Compress with deflate payloads that reach back at most window bytes: NarrowWindow or WideWindow.
+// The window is nothing to zstd.
+func CompressWindow(dst, src []byte, typ Type, window int) (n int, ok bool, err error) {
+	if window != NarrowWindow && window != WideWindow {
+		return 0, false, fmt.Errorf("compress: %w: %d bytes", ErrWindow, window)
+	}
 	if len(src) == 0 || len(src) > MaxClusterSize {
 		return 0, false, fmt.Errorf("compress %d bytes: %w", len(src), ErrSize)
 	}
 	dst = dst[:min(cap(dst), len(src)-1)]
 	switch typ {
 	case Deflate:
-		n, ok = deflate(dst, src)
+		n, ok = deflate(dst, src, window)
 	case Zstd:
 		n, ok = zstdCompress(dst, src)
 	default:

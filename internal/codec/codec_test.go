@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"runtime"
 	"sync"
@@ -279,6 +280,114 @@ func TestInflateWindow(t *testing.T) {
 	}
 }
 
+// inflateByPackage is inflate by package flate.
+func inflateByPackage(dst, src []byte) error {
+	r := flate.NewReader(bytes.NewReader(src))
+	if _, err := io.ReadFull(r, dst); err != nil {
+		return err
+	}
+	for {
+		n, err := r.Read(make([]byte, 1))
+		if n > 0 {
+			return ErrLong
+		}
+		if err != nil {
+			return nil
+		}
+	}
+}
+
+// TestInflateAgrees damages deflate payloads: package flate unpacks the same ones, to the same bytes.
+func TestInflateAgrees(t *testing.T) {
+	const seed = 12
+	rng := rand.New(rand.NewPCG(seed, seed))
+	good, bad := 0, 0
+	for _, c := range contents[:5] {
+		src := c.cluster(4096, 9)
+		for _, level := range []int{flate.HuffmanOnly, flate.NoCompression, 1, 6, 9} {
+			var buf bytes.Buffer
+			w, err := flate.NewWriter(&buf, level)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := w.Write(src); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			for round := range 400 {
+				p := bytes.Clone(buf.Bytes())
+				for range rng.IntN(4) {
+					at := rng.IntN(len(p))
+					if round%2 == 0 {
+						at = rng.IntN(min(len(p), 80)) // the codes are there
+					}
+					p[at] ^= 1 << rng.IntN(8)
+				}
+				p = p[:len(p)-rng.IntN(2)*rng.IntN(len(p))]
+				want, got := make([]byte, len(src)), make([]byte, len(src))
+				wantErr, gotErr := inflateByPackage(want, p), inflate(got, p)
+				if gotErr == nil && wantErr == io.ErrUnexpectedEOF {
+					// It asks for a code more, as long as the longest, where the end of the input cuts the end of the stream.
+					if wantErr = inflateByPackage(want, append(p, 0, 0)); errors.Is(wantErr, ErrLong) {
+						wantErr = nil
+					}
+				}
+				switch {
+				case (wantErr == nil) != (gotErr == nil), wantErr == nil && !bytes.Equal(got, want):
+					t.Fatalf("seed %d, %s, level %d, round %d: %v, want %v (payload %x)", seed, c.name, level, round, gotErr, wantErr, p)
+				case wantErr == nil:
+					good++
+				default:
+					bad++
+				}
+			}
+		}
+	}
+	if good < 100 || bad < 100 {
+		t.Errorf("%d payloads unpack, %d do not: too few to say much", good, bad)
+	}
+}
+
+// TestCompressWindow packs with the wide window: payloads reach further back than the narrow one, and unpack to what they were.
+func TestCompressWindow(t *testing.T) {
+	farthest := 0
+	for _, size := range clusterSizes {
+		for _, c := range contents {
+			src := c.cluster(size, 11)
+			dst := make([]byte, size)
+			n, ok, err := CompressWindow(dst, src, Deflate, WideWindow)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !ok {
+				if c.shrinks {
+					t.Errorf("%s of %d bytes does not shrink", c.name, size)
+				}
+				continue
+			}
+			dist, plain, err := walkDeflate(dst[:n])
+			if err != nil || plain != size || dist > WideWindow {
+				t.Fatalf("%s of %d bytes: walked %d bytes, %d back, %v", c.name, size, plain, dist, err)
+			}
+			farthest = max(farthest, dist)
+			got := make([]byte, size)
+			if err := Decompress(got, dst[:n], Deflate); err != nil || !bytes.Equal(got, src) {
+				t.Errorf("%s of %d bytes: differs, or %v", c.name, size, err)
+			}
+		}
+	}
+	if farthest <= WideWindow/2 {
+		t.Errorf("the farthest match is %d bytes back: the contents do not try the window", farthest)
+	}
+	for _, window := range []int{0, 512, NarrowWindow - 1, WideWindow + 1} {
+		if _, _, err := CompressWindow(nil, make([]byte, 512), Deflate, window); !errors.Is(err, ErrWindow) {
+			t.Errorf("window %d: %v, want ErrWindow", window, err)
+		}
+	}
+}
+
 // TestDeflateDistance walks deflate payloads and asks how far they reach back. Encoders are reused
 // between the rounds, because what is left in a pooled one must not matter.
 func TestDeflateDistance(t *testing.T) {
@@ -302,14 +411,14 @@ func TestDeflateDistance(t *testing.T) {
 				if err != nil || plain != size {
 					t.Fatalf("%s of %d bytes: walked %d bytes, %v", c.name, size, plain, err)
 				}
-				if dist > deflateWindow {
+				if dist > NarrowWindow {
 					t.Errorf("%s of %d bytes: reaches back %d bytes", c.name, size, dist)
 				}
 				farthest = max(farthest, dist)
 			}
 		}
 	}
-	if farthest < deflateWindow/2 {
+	if farthest < NarrowWindow/2 {
 		t.Errorf("the farthest match is %d bytes back: the contents do not try the window", farthest)
 	}
 }
@@ -636,7 +745,7 @@ func FuzzDecompress(f *testing.F) {
 			t.Fatalf("packed again: differs, or %v", err)
 		}
 		if typ%2 == uint8(Deflate) {
-			if dist, _, err := walkDeflate(packed[:n]); err != nil || dist > deflateWindow {
+			if dist, _, err := walkDeflate(packed[:n]); err != nil || dist > NarrowWindow {
 				t.Fatalf("packed again: reaches back %d bytes, %v", dist, err)
 			}
 		}

@@ -30,7 +30,7 @@ func newPacker(t *testing.T) *packer {
 
 // renew drops all encoders.
 func (p *packer) renew() {
-	for _, pool := range []*sync.Pool{&matchers, &entropyCoders, &zstdEncoders} {
+	for _, pool := range []*sync.Pool{&matchers, &wideMatchers, &entropyCoders, &zstdEncoders, &zstdEntropyCoders} {
 		*pool = sync.Pool{New: pool.New}
 	}
 }

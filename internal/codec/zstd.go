@@ -19,26 +19,42 @@ type zstdEncoder struct {
 	buf []byte // a whole frame, so that one that does not shrink needs no allocation
 }
 
-// zstdEncoders holds idle *zstdEncoder.
-var zstdEncoders = sync.Pool{New: func() any {
+// zstdEncoders and zstdEntropyCoders hold idle *zstdEncoder. The first kind takes what has no matches for
+// incompressible, which is a tenth faster. The second one, asked for what does not shrink, packs few symbols without
+// matches, too.
+var (
+	zstdEncoders      = sync.Pool{New: func() any { return newZstdEncoder(false) }}
+	zstdEntropyCoders = sync.Pool{New: func() any { return newZstdEncoder(true) }}
+)
+
+// newZstdEncoder returns an encoder that packs literals without matches if allLiterals is set.
+func newZstdEncoder(allLiterals bool) *zstdEncoder {
 	enc, err := zstd.NewWriter(nil,
 		zstd.WithEncoderConcurrency(1),
 		zstd.WithEncoderCRC(false),
-		zstd.WithSingleSegment(true),            // no window descriptor: one byte less
-		zstd.WithAllLitEntropyCompression(true), // shrinks few symbols without matches, too
+		zstd.WithSingleSegment(true), // no window descriptor: one byte less
+		zstd.WithAllLitEntropyCompression(allLiterals),
 		zstd.WithWindowSize(MaxClusterSize),
 		zstd.WithLowerEncoderMem(true))
 	if err != nil {
 		panic(err) // the options are constants within their bounds
 	}
 	return &zstdEncoder{enc: enc}
-}}
+}
 
 // zstdCompress packs src into dst as one frame and returns the length; ok is false if it does not
 // fit.
 func zstdCompress(dst, src []byte) (n int, ok bool) {
-	e := zstdEncoders.Get().(*zstdEncoder)
-	defer zstdEncoders.Put(e)
+	if n, ok = zstdCompressWith(&zstdEncoders, dst, src); !ok {
+		n, ok = zstdCompressWith(&zstdEntropyCoders, dst, src)
+	}
+	return n, ok
+}
+
+// zstdCompressWith is zstdCompress with an encoder of pool.
+func zstdCompressWith(pool *sync.Pool, dst, src []byte) (n int, ok bool) {
+	e := pool.Get().(*zstdEncoder)
+	defer pool.Put(e)
 	if room := e.enc.MaxEncodedSize(len(src)); cap(e.buf) < room {
 		e.buf = make([]byte, 0, room)
 	}

@@ -143,6 +143,16 @@ func rangeOp(f *os.File, off, n int64, op func(f *os.File, off, n int64) error) 
 // maxOffset is the largest file offset that fits the host's signed 64 bits.
 const maxOffset = 1<<63 - 1
 
+// CopyRange copies n bytes at srcOff of src to dstOff of dst within the host, which may let the two share the space. It
+// returns how many were copied before an error, or before the end of src. The two files are not the same, unless the
+// ranges do not overlap.
+func CopyRange(dst, src *os.File, dstOff, srcOff, n int64) (int64, error) {
+	if dstOff < 0 || srcOff < 0 || n < 0 || n > maxOffset-dstOff || n > maxOffset-srcOff {
+		return 0, fmt.Errorf("copy %d bytes from %#x to %#x: %w", n, srcOff, dstOff, syscall.EINVAL)
+	}
+	return copyRange(dst, src, dstOff, srcOff, n)
+}
+
 // NextData returns the first range [start, end) at or after off that may hold data: everything between
 // such ranges is holes, which read as zeros. Past the last one it returns io.EOF.
 func NextData(f *os.File, off int64) (start, end int64, err error) {

@@ -40,6 +40,30 @@ func allocate(f *os.File, off, n int64) error {
 	return fallocate(f, 0, off, n)
 }
 
+// copyRange is copy_file_range(2), again until all is copied.
+func copyRange(dst, src *os.File, dstOff, srcOff, n int64) (done int64, err error) {
+	const most = 1 << 30 // of one call
+	err = control(dst, func(to uintptr) error {
+		return control(src, func(from uintptr) error {
+			for done < n {
+				in, out := srcOff+done, dstOff+done
+				var k int
+				err := retry(func() (err error) {
+					k, err = unix.CopyFileRange(int(from), &in, int(to), &out, int(min(n-done, most)), 0)
+					return err
+				})
+				if err != nil || k == 0 {
+					return err
+				}
+				done += int64(k)
+			}
+			return nil
+		})
+	})
+	// Two file systems, or one that copies by reading and writing; old kernels say EINVAL for special files.
+	return done, unsupported(err, unix.EXDEV, unix.EINVAL)
+}
+
 // nextData is lseek(2) with SEEK_DATA and SEEK_HOLE. It moves the file's own position, which nobody
 // may use.
 func nextData(f *os.File, off int64) (start, end int64, err error) {

@@ -147,3 +147,42 @@ func TestConflictError(t *testing.T) {
 		}
 	}
 }
+
+// TestCopyRange copies between files: all of it, what there is before the end of the source, and nothing of what must be
+// refused.
+func TestCopyRange(t *testing.T) {
+	src, dst := openFile(t), openFile(t)
+	content := make([]byte, 300_000)
+	for i := range content {
+		content[i] = byte(i * 7)
+	}
+	if _, err := src.WriteAt(content, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := CopyRange(dst, src, 1000, 5, 200_000)
+	if errors.Is(err, errors.ErrUnsupported) && n == 0 {
+		t.Skip("the host does not copy here")
+	}
+	if n != 200_000 || err != nil {
+		t.Fatalf("%d bytes, %v", n, err)
+	}
+	got := make([]byte, n)
+	if _, err := dst.ReadAt(got, 1000); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(content[5:5+n], got); diff != "" {
+		t.Error("other bytes")
+	}
+	if n, err := CopyRange(dst, src, 0, 299_000, 5000); n != 1000 || err != nil {
+		t.Errorf("past the end: %d bytes, %v, want 1000", n, err)
+	}
+	for _, r := range [][3]int64{{-1, 0, 1}, {0, -1, 1}, {0, 0, -1}, {1, 0, maxOffset}, {0, 1, maxOffset}} {
+		if n, err := CopyRange(dst, src, r[0], r[1], r[2]); n != 0 || !errors.Is(err, syscall.EINVAL) {
+			t.Errorf("%v: %d bytes, %v, want EINVAL", r, n, err)
+		}
+	}
+	src.Close()
+	if _, err := CopyRange(dst, src, 0, 0, 1); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("of a closed file: %v", err)
+	}
+}

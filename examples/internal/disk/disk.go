@@ -278,44 +278,61 @@ func CreateRaw(name string, size int64) (s *qcow2.FileStorage, err error) {
 // Target says what Convert writes.
 type Target struct {
 	Name     string
-	Format   string              // Raw or QCOW2
-	Create   qcow2.CreateOptions // for QCOW2
-	Compress bool                // for QCOW2
-	Progress func(done, total int64)
-	// SparseSize is how many bytes of zeros, a power of two from 512 to 1 MiB, become a hole. Default: the
-	// library's.
-	SparseSize int
+	Format   string               // Raw or QCOW2
+	Create   qcow2.CreateOptions  // for QCOW2
+	Options  qcow2.ConvertOptions // how it is written
+	Existing bool                 // write into the disk that is there
 }
 
-// Convert writes the disk src into a new file.
-func Convert(ctx context.Context, src *Disk, to Target) (err error) {
+// Convert writes the disk src into a new file, which takes the place of an existing one when it is complete, or into the
+// disk that is there.
+func Convert(ctx context.Context, src *Disk, to Target) error {
 	if err := differ(to.Name, src.Files); err != nil {
 		return err
 	}
-	size := RoundUp(src.Size())
-	switch to.Format {
-	case Raw:
-		s, err := CreateRaw(to.Name, size)
+	if to.Existing {
+		return convertInto(ctx, src, to)
+	}
+	to.Create.Open = &qcow2.OpenOptions{Name: to.Name, Resolver: &localFiles{create: true}}
+	return qcow2.ConvertFile(ctx, to.Name, src, &qcow2.ConvertFileOptions{
+		ConvertOptions: to.Options,
+		Format:         to.Format,
+		Create:         &to.Create,
+		Overwrite:      true,
+	})
+}
+
+// ErrSmaller says that a target has no room for the source.
+var ErrSmaller = errors.New("output file is smaller than input file")
+
+// convertInto is Convert into the disk that is there.
+func convertInto(ctx context.Context, src *Disk, to Target) (err error) {
+	var dst qcow2.WritableDisk
+	if to.Format == QCOW2 {
+		img, err := qcow2.Open(to.Name, &qcow2.OpenOptions{ReadWrite: true, Name: to.Name, Resolver: LocalFiles()})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, img.Close()) }()
+		dst = img
+	} else {
+		s, err := qcow2.OpenFileStorage(to.Name, os.O_RDWR, 0)
 		if err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, s.Close()) }()
-		dst, err := newRaw(s)
-		if err != nil {
+		if err := lock(s, qcow2.LockRawWriter); err != nil {
 			return err
 		}
-		return convert(ctx, dst, src, to)
-	case QCOW2:
-		img, err := Create(to.Name, size, to.Create)
-		if err != nil {
+		if dst, err = newRaw(s); err != nil {
 			return err
 		}
-		if err := convert(ctx, img, src, to); err != nil {
-			return errors.Join(err, img.Close())
-		}
-		return img.Close()
 	}
-	return fmt.Errorf("unknown format %q", to.Format)
+	if dst.Size() < src.Size() {
+		return ErrSmaller
+	}
+	to.Options.KeepRest = true
+	return qcow2.Convert(ctx, dst, src, &to.Options)
 }
 
 // differ refuses a target that is one of the files that are read.

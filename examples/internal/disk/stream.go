@@ -8,17 +8,21 @@ import (
 	"github.com/go-qcow2/qcow2"
 )
 
-// Stream writes the disk src to w as a qcow2 image, from its first byte to its last. With to.SparseSize it looks for
-// clusters that hold zeros, which reads the source twice, as to.Compress does.
+// Stream writes the disk src to w as a qcow2 image, from its first byte to its last. With a SparseSize it looks for
+// clusters that hold zeros, which reads the source twice, as Compress does. A stream has no backing file, no bound on
+// its rate, and nothing to go into that is there.
 func Stream(ctx context.Context, w io.Writer, src *Disk, to Target) error {
 	if to.Format != QCOW2 {
 		return errors.New("only the format qcow2 can be written to standard output")
 	}
+	if o := &to.Options; to.Existing || to.Create.BackingFile != "" || o.Rate != 0 || o.OnReadError != nil || o.Zeroes != qcow2.ZeroesHoles {
+		return errors.New("standard output takes neither -n, -B, -r, --salvage nor -S 0")
+	}
 	_, err := qcow2.WriteStream(ctx, w, src, &qcow2.StreamOptions{
 		Create:    &to.Create,
-		Compress:  to.Compress,
-		FindZeros: to.SparseSize > 0,
-		Progress:  to.Progress,
+		Compress:  to.Options.Compress,
+		FindZeros: to.Options.SparseSize > 0,
+		Progress:  to.Options.Progress,
 	})
 	return err
 }

@@ -1,4 +1,4 @@
-package main
+package measure
 
 import (
 	"context"
@@ -20,10 +20,10 @@ const largestFile = 32 << 20
 // errEnough ends the collection of files.
 var errEnough = errors.New("enough")
 
-// makeFileSystem makes an ext4 file system in the file name, from about content bytes of this machine's
-// files: the first ones in lexical order. The directory stage is used for copies and removed.
-func makeFileSystem(ctx context.Context, w io.Writer, name, stage string, content int64) (err error) {
-	mke2fs, err := findProgram("mke2fs")
+// MakeFileSystem makes an ext4 file system in the file name, from about content bytes of this machine's
+// files: the first ones in lexical order. The directory stage is used for copies and removed. It tells w what it took.
+func MakeFileSystem(ctx context.Context, w io.Writer, name, stage string, content int64) (err error) {
+	mke2fs, err := FindProgram("mke2fs")
 	if err != nil {
 		return fmt.Errorf("mke2fs is needed (Debian: apt-get install e2fsprogs), or the name of a raw disk as argument: %w", err)
 	}
@@ -37,7 +37,7 @@ func makeFileSystem(ctx context.Context, w io.Writer, name, stage string, conten
 	if taken == 0 {
 		return fmt.Errorf("no files found in %q", sources)
 	}
-	fmt.Fprintf(w, "%d files, %.1f MiB, from %q\n", files, mib(taken), sources)
+	fmt.Fprintf(w, "%d files, %.1f MiB, from %q\n", files, float64(taken)/(1<<20), sources)
 
 	// Every file takes whole blocks and an inode, and free space is part of a real disk.
 	const block, inode = 4096, 256
@@ -115,4 +115,18 @@ func copyFile(dst, src string) (n int64, err error) {
 	}
 	n, err = io.Copy(out, in)
 	return n, errors.Join(err, out.Close())
+}
+
+// FindProgram returns where a program is, also if that is where only root looks.
+func FindProgram(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	if err == nil {
+		return path, nil
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return path, nil
+		}
+	}
+	return "", err
 }

@@ -142,7 +142,7 @@ func ResumeInPlace(ctx context.Context, s Storage, src Layout, originalLength in
 			}
 			return c.convert(false)
 		}
-		return newInPlaceError(found, f, originalLength)
+		return c.refuse(found, f)
 	})
 	if err != nil {
 		return found, fmt.Errorf("qcow2: resume conversion in place: %w", err)
@@ -166,7 +166,7 @@ func RollbackInPlace(ctx context.Context, s Storage, originalLength int64) (InPl
 		}
 		c.length = uint64(originalLength)
 		if found != InPlaceIncomplete && found != InPlaceComplete {
-			return newInPlaceError(found, f, originalLength)
+			return c.refuse(found, f)
 		}
 		return c.rollback()
 	})
@@ -174,6 +174,17 @@ func RollbackInPlace(ctx context.Context, s Storage, originalLength int64) (InPl
 		return found, fmt.Errorf("qcow2: roll back conversion in place: %w", err)
 	}
 	return found, nil
+}
+
+// refuse returns the error for a file that is neither resumed nor rolled back. That there is no footer is made durable:
+// whoever cut it off may have been killed before the sync.
+func (c *inPlace) refuse(found InPlaceState, f *inPlaceFooter) error {
+	if found == InPlaceNone {
+		if err := c.host.sync(); err != nil {
+			return err
+		}
+	}
+	return newInPlaceError(found, f, int64(c.length))
 }
 
 // inPlaceSync is a place in a conversion where what was written must be durable before what follows.

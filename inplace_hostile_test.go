@@ -47,24 +47,25 @@ func (s *killedStorage) Sync() error {
 	return s.Storage.Sync()
 }
 
-// killed converts the scenario in s until it is killed at the given change, and reports whether that came.
-func killed(sc *inPlaceScenario, s Storage, at int) (was bool, err error) {
+// killed has do change s until it is killed at the given change, and reports whether that came.
+func killed(s Storage, at int, do func(s Storage) error) (was bool, err error) {
 	defer func() {
 		if v := recover(); v != nil && v != errKilled {
 			panic(v)
 		} else if v != nil {
-			was = true
+			was, err = true, nil
 		}
 	}()
-	return false, sc.convert(&killedStorage{s, at}, inPlaceSyncNone)
+	return false, do(&killedStorage{s, at})
 }
 
-// TestInPlaceKilled kills the program that converts at every change, resumes or rolls back at once, and crashes the host
-// in between: what the first had not synced is lost then, maybe, although the second has seen it.
+// TestInPlaceKilled kills the program that converts, resumes or rolls back at every change, resumes or rolls back at
+// once, and crashes the host in between: what the first had not synced is lost then, maybe, although the second has seen
+// it.
 func TestInPlaceKilled(t *testing.T) {
-	o := crashtest.Options{PerPoint: 12}
+	o := crashtest.Options{PerPoint: 8}
 	if testing.Short() {
-		o.PerPoint = 4
+		o.PerPoint = 3
 	}
 	var total crashtest.Stats
 	for _, name := range []string{"raw", "raw of small clusters", "shuffled", "trailer", "overlay"} {
@@ -73,46 +74,56 @@ func TestInPlaceKilled(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for at := 0; ; at++ {
-			d := sc.disk()
-			was, err := killed(sc, crashStorage{d}, at)
-			if err != nil {
-				t.Fatal(err)
+		convert := func(s Storage) error { return sc.convert(s, inPlaceSyncNone) }
+		resume := func(s Storage) error {
+			found, err := sc.resume(s)
+			if now, _ := s.Size(); found == InPlaceNone && now == l.end {
+				return nil // it is done
+			} else if found == InPlaceNone { // it had not begun
+				return convert(s)
 			}
-			if size, _ := d.Size(); !was || sc.finished(d) && size == l.end {
-				break // there is nothing to resume
+			return err
+		}
+		rollback := func(s Storage) error {
+			found, err := RollbackInPlace(context.Background(), s, int64(len(sc.source)))
+			if found == InPlaceNone {
+				return nil
 			}
-			rng := rand.New(rand.NewPCG(uint64(at), 17))
-			run := func(what string, mark any, end func(s Storage) error) {
-				do := func(s Storage) error {
-					if _, err := killed(sc, s, at); err != nil {
-						return err
-					}
-					return end(s)
-				}
-				stats, err := l.crash(sc.disk(), rng, o, mark, do, nil)
-				total.Add(stats)
+			return err
+		}
+		half, switched := interrupted(t, sc, false), interrupted(t, sc, true)
+		for i, first := range []struct {
+			name string
+			disk *crashtest.Disk
+			do   func(s Storage) error
+		}{{"convert", sc.disk(), convert}, {"resume", half, resume}, {"resume switched", switched, resume}, {"roll back", half, rollback}} {
+			for at := 0; ; at++ {
+				d := first.disk.Clone()
+				was, err := killed(crashStorage{d}, at, first.do)
 				if err != nil {
-					t.Errorf("%s, killed at %d, %s: %v", name, at, what, err)
+					t.Fatal(err)
+				}
+				if !was {
+					break
+				}
+				run := func(what string, mark any, then func(s Storage) error) {
+					rng := rand.New(rand.NewPCG(uint64(at), uint64(i)))
+					stats, err := l.crash(first.disk, rng, o, mark, func(s Storage) error {
+						if _, err := killed(s, at, first.do); err != nil {
+							return err
+						}
+						return then(s)
+					}, nil)
+					total.Add(stats)
+					if err != nil {
+						t.Errorf("%s, %s killed at %d, %s: %v", name, first.name, at, what, err)
+					}
+				}
+				run("resume", inPlaceConverted{}, resume)
+				if !sc.finished(d) {
+					run("roll back", inPlaceRolledBack{}, rollback)
 				}
 			}
-			run("resume", inPlaceConverted{}, func(s Storage) error {
-				found, err := sc.resume(s)
-				if err != nil && found == InPlaceNone { // it had not begun
-					err = sc.convert(s, inPlaceSyncNone)
-				}
-				return err
-			})
-			if sc.finished(d) {
-				continue
-			}
-			run("roll back", inPlaceRolledBack{}, func(s Storage) error {
-				found, err := RollbackInPlace(context.Background(), s, int64(len(sc.source)))
-				if found == InPlaceNone {
-					return nil
-				}
-				return err
-			})
 		}
 	}
 	t.Logf("crash states after a kill: %v", total)

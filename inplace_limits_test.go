@@ -92,6 +92,8 @@ func TestConvertInPlaceLimits(t *testing.T) {
 		{"beyond all host offsets", 1 << 56, &testLayout{size: 1 << 22, extents: []Extent{data(0, 1<<22, 1<<54)}}, InPlaceOptions{ClusterSize: 2 << 20, RefcountBits: 1}, ErrTooLarge},
 		{"longest file", math.MaxInt64, &testLayout{size: 1 << 20, extents: []Extent{none(0, 1<<20)}}, InPlaceOptions{ClusterSize: 2 << 20, RefcountBits: 1}, ErrTooLarge},
 		{"largest disk", 1 << 20, &testLayout{size: math.MaxInt64 - 512, extents: []Extent{none(0, math.MaxInt64-512)}}, InPlaceOptions{ClusterSize: 2 << 20}, ErrTooLarge},
+		{"many L2 tables under a limit", 1 << 20, &testLayout{size: 2 << 50, extents: []Extent{{Len: 2 << 50, Kind: ExtentZero, HostOff: noOffset}}},
+			InPlaceOptions{BackingFile: "base", BackingFormat: "raw", Limits: &Limits{MetadataBytes: 1 << 20}}, ErrLimit},
 		{"zeros at the largest host offset", 1 << 20, &testLayout{size: 1 << 20, extents: []Extent{{Len: 1 << 20, Kind: ExtentZero, HostOff: math.MaxInt64}}}, InPlaceOptions{}, nil},
 		{"zeros across the end", 1 << 20, &testLayout{size: 1 << 20, extents: []Extent{{Len: 1 << 20, Kind: ExtentZero, HostOff: 1<<20 - 1}}}, InPlaceOptions{}, nil},
 		{"data at the largest host offset", 1 << 20, &testLayout{size: 1 << 20, extents: []Extent{data(0, 1<<20, math.MaxInt64)}}, InPlaceOptions{}, ErrCorrupt},

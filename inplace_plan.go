@@ -102,6 +102,9 @@ func (c *inPlace) planWith(src Layout, size int64, clusterSize int) error {
 	if err != nil {
 		return err
 	}
+	if err := h.checkMetadataLimit(c.limits); err != nil { // of the L1 table, before anything is made for it
+		return err
+	}
 	h.dropFeatureNames() // all of the header must fit one sector
 	_, raw := src.(*RawDisk)
 	r := layoutReader{

@@ -94,6 +94,9 @@ type ConvertOptions struct {
 	Progress func(done, total int64)
 }
 
+// validDeflateWindow reports whether n is a DeflateWindow option, or 0.
+func validDeflateWindow(n int) bool { return n == 0 || n == DeflateWindow4K || n == DeflateWindow32K }
+
 // validate returns all options that are not allowed, joined, or nil.
 func (o *ConvertOptions) validate() error {
 	var errs []error
@@ -103,8 +106,8 @@ func (o *ConvertOptions) validate() error {
 	if s := o.SparseSize; s > 0 && (s < sectorSize || s > maxSparseSize || s&(s-1) != 0) {
 		bad("SparseSize", s, "must be a power of two from 512 to 1 MiB, or negative")
 	}
-	if w := o.DeflateWindow; w != 0 && w != DeflateWindow4K && w != DeflateWindow32K {
-		bad("DeflateWindow", w, "must be 4096 or 32768")
+	if !validDeflateWindow(o.DeflateWindow) {
+		bad("DeflateWindow", o.DeflateWindow, "must be 4096 or 32768")
 	}
 	if o.Zeroes < ZeroesHoles || o.Zeroes > ZeroesData {
 		bad("Zeroes", int(o.Zeroes), "is no TargetZeroes")

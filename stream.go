@@ -28,6 +28,9 @@ type StreamOptions struct {
 	// are packed and the header comes first, so that all data is read and packed twice: at half the speed, and
 	// with no memory or file for what was packed. Spool is the other way.
 	Compress bool
+	// DeflateWindow is how far back deflate payloads reach in bytes: DeflateWindow4K, the default, or
+	// DeflateWindow32K.
+	DeflateWindow int
 	// Spool, if not nil, takes what Compress or FindZeros make, from offset 0 on, until its length is known; the
 	// source is then read, and packed, once only. It grows to the length of the stream. It is neither emptied
 	// before or afterwards, nor synced, nor closed. Streams from extents alone need none and do not use it.
@@ -144,6 +147,9 @@ func newStreamer(ctx context.Context, src Disk, opts *StreamOptions) (*streamer,
 	}
 	s.r = entryRules{geometry: s.h.geometry(), version2: s.h.version < 3}
 	s.codec = s.h.compression.codecType()
+	if s.o.DeflateWindow == 0 {
+		s.o.DeflateWindow = DeflateWindow4K
+	}
 	s.src = &streamSource{Disk: src, size: uint64(n), r: &s.r, backed: s.h.hasBacking(), depth: s.o.SharedDepth}
 	if s.workers = s.o.Workers; s.workers == 0 {
 		s.workers = min(runtime.GOMAXPROCS(0), maxStreamWorkers)
@@ -167,6 +173,8 @@ func (o *StreamOptions) check(c *CreateOptions) error {
 		return refuse("Preallocation", c.Preallocation, "cannot be streamed: a stream has no room for later")
 	case o.Workers < 0 || o.Workers > maxStreamWorkers:
 		return refuse("Workers", o.Workers, fmt.Sprintf("want 0 to %d", maxStreamWorkers))
+	case !validDeflateWindow(o.DeflateWindow):
+		return refuse("DeflateWindow", o.DeflateWindow, "must be 4096 or 32768")
 	case o.SharedDepth < 0:
 		return refuse("SharedDepth", o.SharedDepth, "want no negative number")
 	case o.SharedDepth > 0 && c.BackingFile == "":

@@ -148,7 +148,7 @@ func (s *streamer) packBatch(b *streamBatch) error {
 
 // compress packs a cluster into dst. Equal clusters give equal payloads: the second run relies on it.
 func (s *streamer) compress(dst, cluster []byte) (n int, ok bool, err error) {
-	return codec.Compress(dst, cluster, s.codec)
+	return codec.CompressWindow(dst, cluster, s.codec, s.o.DeflateWindow)
 }
 
 // take writes, and maps, the clusters of a batch.

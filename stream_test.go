@@ -371,6 +371,7 @@ func TestStreamOptions(t *testing.T) {
 		{"Preallocation", StreamOptions{Create: &CreateOptions{Preallocation: PreallocationMetadata}}, 512},
 		{"Workers", StreamOptions{Workers: -1}, 512},
 		{"Workers", StreamOptions{Workers: maxStreamWorkers + 1}, 512},
+		{"DeflateWindow", StreamOptions{DeflateWindow: 8192}, 512},
 		{"SharedDepth", StreamOptions{Create: &base, SharedDepth: -1}, 512},
 		{"SharedDepth", StreamOptions{SharedDepth: 1}, 512},
 		{"ClusterSize", StreamOptions{Create: &CreateOptions{ClusterSize: 1000}}, 512},
@@ -390,6 +391,35 @@ func TestStreamOptions(t *testing.T) {
 	}
 	if _, err := WriteStream(context.Background(), io.Discard, sizeDisk(1<<60), nil); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("disk of 1 EiB: %v, want ErrTooLarge", err)
+	}
+}
+
+// TestStreamDeflateWindow streams what repeats at a distance of 16 KiB: the wide window alone finds it.
+func TestStreamDeflateWindow(t *testing.T) {
+	unit := make([]byte, 16<<10)
+	rand.NewChaCha8([32]byte{1}).Read(unit)
+	p := bytes.Repeat(unit, 64)
+	src, err := NewRawDisk(NewReaderStorage(bytes.NewReader(p), int64(len(p))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lengths []int
+	for _, window := range []int{0, DeflateWindow4K, DeflateWindow32K} {
+		var b bytes.Buffer
+		if _, err := WriteStream(context.Background(), &b, src, &StreamOptions{Compress: true, DeflateWindow: window}); err != nil {
+			t.Fatal(err)
+		}
+		img, err := OpenReader(bytes.NewReader(b.Bytes()), int64(b.Len()), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(wantAt(img, p, 0)(), img.Close()); err != nil {
+			t.Errorf("window %d: %v", window, err)
+		}
+		lengths = append(lengths, b.Len())
+	}
+	if lengths[0] != lengths[1] || lengths[2] >= lengths[1]/2 {
+		t.Errorf("lengths %d by default, with 4 KiB and with 32 KiB", lengths)
 	}
 }
 

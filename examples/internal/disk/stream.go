@@ -19,10 +19,12 @@ func Stream(ctx context.Context, w io.Writer, src *Disk, to Target) error {
 		return errors.New("standard output takes neither -n, -B, -r, --salvage nor -S 0")
 	}
 	_, err := qcow2.WriteStream(ctx, w, src, &qcow2.StreamOptions{
-		Create:    &to.Create,
-		Compress:  to.Options.Compress,
-		FindZeros: to.Options.SparseSize > 0,
-		Progress:  to.Options.Progress,
+		Create:        &to.Create,
+		Compress:      to.Options.Compress,
+		DeflateWindow: to.Options.DeflateWindow,
+		FindZeros:     to.Options.SparseSize > 0,
+		Workers:       to.Options.Workers,
+		Progress:      to.Options.Progress,
 	})
 	return err
 }

@@ -94,9 +94,9 @@ func (d *lyingDisk) Extents(off, n int64) iter.Seq2[Extent, error] {
 // TestStreamLies streams disks that tell something else each time. What WriteStream calls good is a sound image of what
 // it was told last; everything else is ErrSourceChanged.
 func TestStreamLies(t *testing.T) {
-	seeds := 500
+	seeds := 200
 	if testing.Short() {
-		seeds = 100
+		seeds = 60
 	}
 	changed, good, other := 0, 0, 0
 	for seed := range seeds {

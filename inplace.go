@@ -111,8 +111,8 @@ func ConvertInPlace(ctx context.Context, s Storage, src Layout, opts *InPlaceOpt
 // is not asked then, and may be nil. Of the options the backing file must be that of the header then.
 //
 // Errors: *InPlaceError if there is no footer, or one that tells another length, and for an image that was changed
-// since, or that uses what would be cut; and those of ConvertInPlace. After an error s is what was found or further on its way, as InspectInPlace tells,
-// or, where the conversion began anew, the source.
+// since, or that uses what would be cut; and those of ConvertInPlace. After an error s is what was found or further on
+// its way, as InspectInPlace tells, or, where the conversion began anew, the source.
 func ResumeInPlace(ctx context.Context, s Storage, src Layout, originalLength int64, opts *InPlaceOptions) (InPlaceState, error) {
 	var found InPlaceState
 	err := withInPlace(ctx, s, opts, func(c *inPlace) error {

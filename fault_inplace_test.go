@@ -39,7 +39,7 @@ func inPlaceCalls(t testing.TB, sc *inPlaceScenario) []inPlaceCall {
 		return err
 	}
 	end := func(s Storage) error {
-		_, err := ResumeInPlace(context.Background(), s, nil, int64(len(sc.source)), nil)
+		_, err := ResumeInPlace(context.Background(), s, nil, int64(len(sc.source)), &sc.opts)
 		return err
 	}
 	// A layout, or options, that are not those of before begin anew.

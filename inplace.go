@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -66,9 +67,11 @@ type InPlaceOptions struct {
 //
 // The result is durable when it returns. Until the first sector is written, durably, s is the source: longer, but with
 // all of its bytes in their place, and where its format looks for a trailer at the end, as VHD does, with a copy of
-// that. A footer behind the tables tells how long it was. A crash leaves the source as it was, or such a file, of which
-// ResumeInPlace makes the image, and RollbackInPlace the source, or the image. The length of the source should
-// be noted before, since both want to be told.
+// that; but between the first two writes, of the footer that tells how long it was and of that copy, which stands behind
+// it, the format does not find its trailer. A crash leaves the source as it was, or such a file, of which ResumeInPlace
+// makes the image, and RollbackInPlace the source, or the image. The length of the source should be noted before,
+// since both want to be told. Until then nobody should write to such a file, least of all a guest: it could make header
+// and footer.
 //
 // An error that matches ErrInPlace says that s is in that state between. After any other, the end of ctx included, s is
 // bit by bit what it was.
@@ -104,12 +107,12 @@ func ConvertInPlace(ctx context.Context, s Storage, src Layout, opts *InPlaceOpt
 // of ConvertInPlace, as they were.
 //
 // Tables that are not complete are written again. If the source, or the options, have changed in between, the
-// conversion begins anew. A file whose header is that of the image already is only cut behind it; src is not asked
-// then, and may be nil.
+// conversion begins anew. A file whose header is that of the image already gets that once more, and is cut behind it; src
+// is not asked then, and may be nil. Of the options the backing file must be that of the header then.
 //
 // Errors: *InPlaceError if there is no footer, or one that tells another length, and for an image that was changed
-// since; and those of ConvertInPlace. After an error s is what was found or further on its way, as InspectInPlace tells,
-// or, where the conversion began anew, the source.
+// since, or that uses what would be cut; and those of ConvertInPlace. After an error s is what was found or further on
+// its way, as InspectInPlace tells, or, where the conversion began anew, the source.
 func ResumeInPlace(ctx context.Context, s Storage, src Layout, originalLength int64, opts *InPlaceOptions) (InPlaceState, error) {
 	var found InPlaceState
 	err := withInPlace(ctx, s, opts, func(c *inPlace) error {
@@ -121,7 +124,12 @@ func ResumeInPlace(ctx context.Context, s Storage, src Layout, originalLength in
 		c.length = uint64(originalLength)
 		switch found {
 		case InPlaceSwitched:
-			return c.finish(f.clusterSize(), f.off)
+			ok, err := c.resumeSwitched(f)
+			if err == nil && !ok {
+				found = InPlaceChanged
+				err = newInPlaceError(found, f, originalLength)
+			}
+			return err
 		case InPlaceIncomplete, InPlaceComplete:
 			if err := c.makePlan(src); err != nil {
 				return err
@@ -134,7 +142,7 @@ func ResumeInPlace(ctx context.Context, s Storage, src Layout, originalLength in
 			}
 			return c.convert(false)
 		}
-		return newInPlaceError(found, f, originalLength)
+		return c.refuse(found, f)
 	})
 	if err != nil {
 		return found, fmt.Errorf("qcow2: resume conversion in place: %w", err)
@@ -158,7 +166,7 @@ func RollbackInPlace(ctx context.Context, s Storage, originalLength int64) (InPl
 		}
 		c.length = uint64(originalLength)
 		if found != InPlaceIncomplete && found != InPlaceComplete {
-			return newInPlaceError(found, f, originalLength)
+			return c.refuse(found, f)
 		}
 		return c.rollback()
 	})
@@ -166,6 +174,17 @@ func RollbackInPlace(ctx context.Context, s Storage, originalLength int64) (InPl
 		return found, fmt.Errorf("qcow2: roll back conversion in place: %w", err)
 	}
 	return found, nil
+}
+
+// refuse returns the error for a file that is neither resumed nor rolled back. That there is no footer is made durable:
+// whoever cut it off may have been killed before the sync.
+func (c *inPlace) refuse(found InPlaceState, f *inPlaceFooter) error {
+	if found == InPlaceNone {
+		if err := c.host.sync(); err != nil {
+			return err
+		}
+	}
+	return newInPlaceError(found, f, int64(c.length))
 }
 
 // inPlaceSync is a place in a conversion where what was written must be durable before what follows.
@@ -211,7 +230,11 @@ func withInPlace(ctx context.Context, s Storage, opts *InPlaceOptions, f func(c 
 	if err = ctx.Err(); err == nil {
 		err = f(c)
 	}
-	return errors.Join(err, c.host.release(false))
+	unlock := c.host.release(false)
+	if err == nil && unlock != nil {
+		return fmt.Errorf("%w, but it is done: unlock: %w", ErrInPlace, unlock) // s is not what it was
+	}
+	return errors.Join(err, unlock)
 }
 
 // checkSource refuses a source that is another's business, or could not be rolled back.
@@ -240,7 +263,7 @@ func (c *inPlace) checkSource() error {
 	return nil
 }
 
-// convert carries the plan out. begun says that the footer of this plan is durable already.
+// convert carries the plan out. begun says that the footer of this plan was found behind the source.
 //
 // Order, with the file from left to right, S the source, H the header:
 //
@@ -261,7 +284,7 @@ func (c *inPlace) checkSource() error {
 // of that has happened.
 func (c *inPlace) convert(begun bool) error {
 	p := c.plan
-	err := c.prepare(begun)
+	err := c.prepare()
 	if err == nil {
 		err = c.ctx.Err()
 	}
@@ -271,25 +294,53 @@ func (c *inPlace) convert(begun bool) error {
 	if err != nil {
 		return errors.Join(err, c.rollback())
 	}
-	if err := c.host.writeHeader(0, p.first); err != nil {
-		return fmt.Errorf("%w: switch to the new header: %w", ErrInPlace, err)
-	}
-	if err := c.syncAt(inPlaceSyncSwitch); err != nil {
-		return fmt.Errorf("%w: switch to the new header: %w", ErrInPlace, err)
+	if err := c.switchTo(p.first); err != nil {
+		return err
 	}
 	return c.finish(p.g.clusterSize, p.footer.off)
 }
 
-// prepare does the steps 1 and 2 of convert.
-func (c *inPlace) prepare(begun bool) error {
+// switchTo does the step 3 of convert: it writes the first sector, durably.
+func (c *inPlace) switchTo(first []byte) error {
+	err := c.host.writeHeader(0, first)
+	if err == nil {
+		err = c.syncAt(inPlaceSyncSwitch)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: switch to the new header: %w", ErrInPlace, err)
+	}
+	return nil
+}
+
+// resumeSwitched does the steps 3 to 5 of convert for a file whose first sector is that of the image already, with the
+// footer f. It is not ok, and changes nothing, if the header names another backing file than the options do: a guest
+// that was given the grown file to write to could have made header and footer.
+//
+// The first sector is written again, with what is there: it need not be durable, as in prepare.
+func (c *inPlace) resumeSwitched(f *inPlaceFooter) (ok bool, err error) {
+	first := make([]byte, sectorSize)
+	if err := c.host.readFull(first, 0); err != nil {
+		return false, err
+	}
+	h, err := readHeader(bytes.NewReader(first), sectorSize)
+	if err != nil || h.backingName != c.o.BackingFile || h.backingFormat != c.o.BackingFormat {
+		return false, nil // readHeader: inspectInPlace has found it sound
+	}
+	if err := c.switchTo(first); err != nil {
+		return true, err
+	}
+	return true, c.finish(f.clusterSize(), f.off)
+}
+
+// prepare does the steps 1 and 2 of convert. A footer that was found need not be durable: whoever wrote it may have
+// ended, or have met an error, before the sync. So it is written again, and synced, in every case.
+func (c *inPlace) prepare() error {
 	p := c.plan
-	if !begun {
-		if err := c.host.write(useData, p.footer.encode(), p.footer.off); err != nil {
-			return fmt.Errorf("footer: %w", err)
-		}
-		if err := c.syncAt(inPlaceSyncFooter); err != nil {
-			return err
-		}
+	if err := c.host.write(useData, p.footer.encode(), p.footer.off); err != nil {
+		return fmt.Errorf("footer: %w", err)
+	}
+	if err := c.syncAt(inPlaceSyncFooter); err != nil {
+		return err
 	}
 	if p.trailer != nil {
 		if err := c.host.write(useData, p.trailer, p.footer.off+sectorSize); err != nil {

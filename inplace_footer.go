@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -136,7 +137,7 @@ func (f *inPlaceFooter) encode() []byte {
 // decodeFooter returns the footer in the sector b at host offset off of a file of size bytes, or nil if there is none:
 // a footer fits its place, and is what encode makes of it.
 func decodeFooter(b []byte, off, size uint64) *inPlaceFooter {
-	if string(b[:len(footerMagic)]) != footerMagic {
+	if !hasFooterMagic(b) {
 		return nil
 	}
 	be := binary.BigEndian
@@ -163,6 +164,9 @@ func decodeFooter(b []byte, off, size uint64) *inPlaceFooter {
 	}
 	return nil
 }
+
+// hasFooterMagic reports whether a sector begins as a footer does.
+func hasFooterMagic(b []byte) bool { return string(b[:len(footerMagic)]) == footerMagic }
 
 // findFooter returns the footer of a file of size bytes, or nil if there is none. It is the last sector, or the last
 // but one, before the copy of a trailer.
@@ -201,9 +205,14 @@ func inspectInPlace(ctx context.Context, s Storage, length int64) (InPlaceState,
 		return InPlaceNone, nil, err
 	}
 	switch sum := sha256.Sum256(first); {
-	case sum == f.headerSum && f.describes(first):
-		return InPlaceSwitched, f, nil
-	case sum == f.headerSum, sum != f.sourceSum && hasMagic(first):
+	case sum == f.headerSum:
+		if ok, err := f.isBehind(s, first, uint64(size)); err != nil {
+			return InPlaceNone, nil, err
+		} else if ok {
+			return InPlaceSwitched, f, nil
+		}
+		return InPlaceChanged, f, nil
+	case sum != f.sourceSum && hasMagic(first):
 		return InPlaceChanged, f, nil
 	}
 	sum, err := f.sumTables(ctx, s)
@@ -221,6 +230,49 @@ func inspectInPlace(ctx context.Context, s Storage, length int64) (InPlaceState,
 func (f *inPlaceFooter) describes(first []byte) bool {
 	be := binary.BigEndian
 	return hasMagic(first) && be.Uint32(first[fieldClusterBits:]) == f.clusterBits && be.Uint64(first[fieldRefTableOff:]) == f.tables
+}
+
+// isBehind reports whether the file s, of size bytes, is an image with first as its first sector, as a conversion makes
+// it, which uses nothing from the footer on. A guest of an image may write a footer to its disk, with the digest of the
+// header, and what stands from there on is its data then, or even a table.
+func (f *inPlaceFooter) isBehind(s Storage, first []byte, size uint64) (bool, error) {
+	if !f.describes(first) {
+		return false, nil
+	}
+	h, err := readHeader(bytes.NewReader(first), sectorSize)
+	if err != nil || h.validate(Limits{}) != nil || h.incompatible&^incompatCompression != 0 || h.nbSnapshots > 0 {
+		return false, nil
+	}
+	g, host := h.geometry(), &hostFile{s: s}
+	for ci := f.off >> g.clusterBits; ci < g.clusters(size); ci++ {
+		if n, err := hostRefcount(host, h, &g, ci, size); err != nil || n != 0 {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// hostRefcount returns the refcount of a cluster as it stands in the file of an image, which has size bytes. What no
+// block in the file describes is 0. Precondition: h is valid.
+func hostRefcount(host *hostFile, h *header, g *geometry, clusterIndex, size uint64) (uint64, error) {
+	index := clusterIndex >> g.refBlockBits
+	if index >= uint64(h.refTableClusters)<<g.clusterBits/8 {
+		return 0, nil
+	}
+	var word [8]byte
+	if err := host.readFull(word[:], h.refTableOff+8*index); err != nil {
+		return 0, err
+	}
+	block := binary.BigEndian.Uint64(word[:]) &^ refTableReserved
+	if block == 0 || block >= size {
+		return 0, nil
+	}
+	perWord := uint64(64) >> g.refcountOrder
+	i := clusterIndex & (g.perBlock() - 1)
+	if err := host.readFull(word[:], block+8*(i/perWord)); err != nil {
+		return 0, err
+	}
+	return refcountAt(word[:], g.refcountOrder, i%perWord), nil
 }
 
 // hasMagic reports whether a file that begins with b claims to be a qcow2 image.

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -58,17 +59,30 @@ func (c *inPlace) checkLayout(src Layout) (int64, error) {
 	if c.limits.VirtualSize > 0 && size > c.limits.VirtualSize {
 		return 0, &LimitError{Limit: "VirtualSize", Value: size, Max: c.limits.VirtualSize}
 	}
+	if foreign, ok := src.(*ForeignDisk); ok {
+		if err := c.checkFile("a ForeignDisk", foreign.host.s); err != nil {
+			return 0, err
+		}
+	}
 	raw, ok := src.(*RawDisk)
 	if !ok {
 		return size, nil
 	}
-	if id := c.s.Identity(); id != nil && raw.s.Identity() != id {
-		return 0, &OptionError{Option: "src", Value: "a RawDisk", Reason: "lies in another file"}
+	if err := c.checkFile("a RawDisk", raw.s); err != nil {
+		return 0, err
 	}
 	if want := roundUpSector(c.length); uint64(size) != want {
 		return 0, &OptionError{Option: "src", Value: size, Reason: fmt.Sprintf("a RawDisk over this source has %d bytes", want)}
 	}
 	return size, nil
+}
+
+// checkFile refuses a disk, which what names, in another file, as far as that can be told.
+func (c *inPlace) checkFile(what string, s Storage) error {
+	if id := c.s.Identity(); id != nil && s.Identity() != id {
+		return &OptionError{Option: "src", Value: what, Reason: "lies in another file"}
+	}
+	return nil
 }
 
 // roundUpSector rounds n bytes up to whole sectors.
@@ -86,6 +100,9 @@ func (c *inPlace) planWith(src Layout, size int64, clusterSize int) error {
 		Compression:   c.o.Compression,
 	})
 	if err != nil {
+		return err
+	}
+	if err := h.checkMetadataLimit(c.limits); err != nil { // of the L1 table, before anything is made for it
 		return err
 	}
 	h.dropFeatureNames() // all of the header must fit one sector
@@ -119,14 +136,33 @@ func (c *inPlace) planWith(src Layout, size int64, clusterSize int) error {
 		return fmt.Errorf("%w: %d bytes in one sector of %d", ErrHeaderFull, len(p.first), sectorSize)
 	}
 	p.first = append(p.first, make([]byte, sectorSize-len(p.first))...)
+	if err := c.checkFirst(p.first); err != nil {
+		return err
+	}
 	if !r.lastUsed && c.length >= sectorSize && c.length%sectorSize == 0 {
 		p.trailer = make([]byte, sectorSize)
 		if err := c.host.readFull(p.trailer, c.length-sectorSize); err != nil {
 			return err
 		}
+		if hasFooterMagic(p.trailer) {
+			p.trailer = nil // behind the footer it could be taken for that
+		}
 	}
 	c.plan = p
 	return p.fillFooter(c)
+}
+
+// checkFirst refuses a source whose first sector is that of the image, first: nobody could tell the one from the other
+// after a crash.
+func (c *inPlace) checkFirst(first []byte) error {
+	source := make([]byte, sectorSize)
+	if err := c.host.readFull(source, 0); err != nil {
+		return err
+	}
+	if bytes.Equal(source, first) {
+		return &OptionError{Option: "AllowQcow2", Value: true, Reason: "the file begins with the very header that the image is to get"}
+	}
+	return nil
 }
 
 // dropFeatureNames takes the feature name table out of a header.

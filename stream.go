@@ -67,8 +67,8 @@ const streamChunk = 1 << 20
 // refcount block. w gets pieces of 1 MiB, the last one aside.
 //
 // src may not change meanwhile: what it maps, and with Compress or FindZeros what it holds. That is noticed, as
-// ErrSourceChanged, where it would have made a broken image; the stream is worthless then, and never a wrong image
-// that WriteStream calls good.
+// ErrSourceChanged, where it would have made a broken image; the stream is worthless then. Of an image that WriteStream
+// calls good each cluster is what src told of it last; that all of them are of one moment is up to src.
 //
 // It returns only after calls of src and w that are in flight, whatever becomes of ctx, and leaves no goroutine.
 //

@@ -30,14 +30,18 @@ func convertCommand() *cobra.Command {
 		source = sourceFlags{reads: true}
 		f      convertFlags
 	)
+	var in inPlaceFlags
 	cmd := &cobra.Command{
 		Use: "convert [-f FMT] [-O OUTPUT_FMT] [-c] [-p] [-q] [-n] [--target-is-zero] [-B BACKING_FILE -F BACKING_FMT] [-o OPTIONS] " +
 			"[-S SPARSE_SIZE] [-l SNAPSHOT] [-r RATE] [-m WORKERS] [-W] [--salvage] [-U] FILE OUTPUT_FILE",
 		Short: "Convert a disk into another format, replacing an existing file",
 		Long: "Convert a disk into another format, replacing an existing file. With the output file - a qcow2 image goes to\n" +
-			"standard output, which may be a pipe; with -c or -S the source is read twice for that.",
+			"standard output, which may be a pipe; with -c or -S the source is read twice for that.\n\n" + inPlaceLong,
 		Args: cobra.RangeArgs(0, 2), // none with -o help
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if in.asked() {
+				return in.run(cmd, args, &source, &f)
+			}
 			to, help, err := f.target(cmd.ErrOrStderr())
 			if err != nil {
 				return err
@@ -76,6 +80,7 @@ func convertCommand() *cobra.Command {
 	source.add(cmd)
 	source.addBackingFormat(cmd)
 	f.add(cmd)
+	in.add(cmd)
 	cmd.Flags().StringVarP(&source.snapshot, "snapshot", "l", "", "convert an internal snapshot: ID_OR_NAME, or snapshot.id=ID,snapshot.name=NAME")
 	return cmd
 }

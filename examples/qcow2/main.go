@@ -5,7 +5,7 @@
 //	info     what an image is
 //	check    whether an image is consistent, and its repair; exit codes besides: 2 if it is corrupt, 3 if
 //	         space is lost and nothing else, 63 if the format has nothing to check
-//	convert  a disk into another format
+//	convert  a disk into another format, or, with --in-place, a file into a qcow2 image where it is
 //	dd       blocks of a disk into a file
 //	map      where the content of a disk lies
 //	measure  how large a new image of a disk will be

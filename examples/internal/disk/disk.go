@@ -45,6 +45,11 @@ func Detect(name string) (format string, err error) {
 		return "", err
 	}
 	defer s.Close()
+	return detect(s)
+}
+
+// detect is Detect for an open file.
+func detect(s qcow2.Storage) (string, error) {
 	size, err := s.Size()
 	if err != nil {
 		return "", err

@@ -269,7 +269,8 @@ func (c *comparison) compare(ctx context.Context, j compareJob, bufs *[2][]byte)
 		if bufs[i] == nil {
 			bufs[i] = make([]byte, compareChunk)
 		}
-		if ctx.Err() != nil {
+		if err := ctx.Err(); err != nil {
+			c.found(&outcome{off: -1, err: err}) // the ranges may all be handed out
 			return
 		}
 		parts[i] = bufs[i][:j.n]

@@ -126,7 +126,7 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 			switch x.kind {
 			case kindNormal:
 				e.Kind, e.HostOff = ExtentData, int64(x.hostOff)
-				goOn = w.yieldData(e, yield)
+				e.Len, goOn = w.yieldData(e, yield)
 			case kindZeroAlloc:
 				e.Kind, e.HostOff = ExtentZero, int64(x.hostOff)
 				goOn = yield(e, nil)

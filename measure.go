@@ -142,10 +142,7 @@ const maxDiskSize = 1<<63 - sectorSize
 func (p *measurePlan) dataClusters(ctx context.Context, src Disk) (n uint64, err error) {
 	next, total := int64(0), src.Size()
 	counted := uint64(0) // the clusters before are counted, or not needed
-	for e, err := range checkedExtents(src, 0, total) {
-		if err == nil {
-			err = ctx.Err()
-		}
+	for e, err := range wholeExtents(ctx, extentsOf(src, 0, total), total) {
 		if err != nil {
 			return 0, err
 		}
@@ -158,9 +155,6 @@ func (p *measurePlan) dataClusters(ctx context.Context, src Disk) (n uint64, err
 			counted = max(counted, p.g.clusters(uint64(next)))
 			n += counted - min(first, counted)
 		}
-	}
-	if next != total {
-		return 0, errBadExtents
 	}
 	return n, nil
 }

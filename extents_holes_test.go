@@ -10,20 +10,6 @@ import (
 	"testing"
 )
 
-// newFilledDisk returns a raw disk of size bytes that are all ones.
-func newFilledDisk(t *testing.T, size int64) *RawDisk {
-	t.Helper()
-	s := NewMemoryStorage()
-	if _, err := s.WriteAt(slices.Repeat([]byte{1}, int(size)), 0); err != nil {
-		t.Fatal(err)
-	}
-	d, err := NewRawDisk(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
 // TestExtentsHolesMoved changes what an image maps within a walk that looks for holes of its file. In the image 32 MiB,
 // which one slice of a table maps, are preallocated and, but for the first cluster, holes; from 48 MiB on there is content
 // at any time, in the image or below it. It is never a hole.
@@ -57,7 +43,7 @@ func TestExtentsHolesMoved(t *testing.T) {
 			if err := img.Close(); err != nil {
 				t.Fatal(err)
 			}
-			img, err := OpenStorage(s, &OpenOptions{ReadWrite: true, Backing: newFilledDisk(t, size)})
+			img, err := OpenStorage(s, &OpenOptions{ReadWrite: true, Backing: newTestRaw(t, slices.Repeat([]byte{1}, size))})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -28,7 +28,9 @@ func TestExtentsHolesMoved(t *testing.T) {
 			return err
 		}},
 		// The file has no data any more where the cluster was. The walk has its entry in a window.
-		{"given back", []int64{36 << 20, 40 << 20, 48 << 20}, 40 << 20, 40 << 20, func(img *Image) error { return img.MakeEmpty(context.Background()) }},
+		{"given back", []int64{36 << 20, 40 << 20, 48 << 20}, 40 << 20, 40 << 20, func(img *Image) error {
+			return img.MakeEmpty(context.Background())
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := NewMemoryStorage()
@@ -43,7 +45,8 @@ func TestExtentsHolesMoved(t *testing.T) {
 			if err := img.Close(); err != nil {
 				t.Fatal(err)
 			}
-			img, err := OpenStorage(s, &OpenOptions{ReadWrite: true, Backing: newTestRaw(t, slices.Repeat([]byte{1}, size))})
+			below := newTestRaw(t, slices.Repeat([]byte{1}, size))
+			img, err := OpenStorage(s, &OpenOptions{ReadWrite: true, Backing: below})
 			if err != nil {
 				t.Fatal(err)
 			}

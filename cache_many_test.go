@@ -86,6 +86,16 @@ func TestCacheReadMany(t *testing.T) {
 	held := &heldStorage{Storage: s, at: 0, reached: make(chan struct{}), release: make(chan struct{})}
 	slow := newHostFile(held, n*count, false)
 	done := make(chan error, 2)
+	finish := func() {
+		t.Helper()
+		close(held.release)
+		for range 2 {
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+		}
+		check(words, changed)
+	}
 	clear(words)
 	go func() { done <- c.readMany(1, slow, 0, n, words) }()
 	<-held.reached
@@ -100,13 +110,7 @@ func TestCacheReadMany(t *testing.T) {
 		t.Fatal("a slice was loaded while it was being read")
 	default:
 	}
-	close(held.release)
-	for range 2 {
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-	}
-	check(words, changed)
+	finish()
 	if five := <-got; five.words[0] != 5*n/8 {
 		t.Errorf("slice 5 begins with %d", five.words[0])
 	}
@@ -126,13 +130,7 @@ func TestCacheReadMany(t *testing.T) {
 		t.Fatalf("read beside another read: %v", err)
 	default:
 	}
-	close(held.release)
-	for range 2 {
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-	}
-	check(words, changed)
+	finish()
 
 	// An error leaves nothing behind that others would wait for.
 	if err := c.readMany(1, newHostFile(brokenReads{s}, n*count, false), 0, n, words); !errors.Is(err, errBrokenReads) {

@@ -21,8 +21,8 @@ type CompareOptions struct {
 	// Workers is how many ranges are read and compared at once. Each takes 512 KiB of memory. Default, and for 0:
 	// GOMAXPROCS; the most is 64.
 	Workers int
-	// Progress, if not nil, is called with the number of bytes of the larger disk that are done with, now and then and at
-	// the end, by the goroutine that called Compare.
+	// Progress, if not nil, is called with the number of bytes of the larger disk that are done with, but for the ranges
+	// that workers hold, now and then and, if there is no difference, at the end, by the goroutine that called Compare.
 	Progress func(done, total int64)
 }
 
@@ -269,7 +269,8 @@ func (c *comparison) compare(ctx context.Context, j compareJob, bufs *[2][]byte)
 		if bufs[i] == nil {
 			bufs[i] = make([]byte, compareChunk)
 		}
-		if ctx.Err() != nil {
+		if err := ctx.Err(); err != nil {
+			c.found(&outcome{off: -1, err: err}) // the ranges may all be handed out
 			return
 		}
 		parts[i] = bufs[i][:j.n]

@@ -285,6 +285,27 @@ func TestCompareCancelled(t *testing.T) {
 	t.Errorf("%d goroutines, %d before", runtime.NumGoroutine(), before)
 }
 
+// TestCompareCancelledAtTheEnd cancels while the last range is read: of disks that differ in it Compare does not say that they
+// are equal.
+func TestCompareCancelledAtTheEnd(t *testing.T) {
+	const size = 1000
+	for _, workers := range []int{1, 2} {
+		ctx, cancel := context.WithCancel(t.Context())
+		a := newCallerDisk(bytes.Repeat([]byte{1}, size))
+		a.read = func(d *callerDisk, p []byte, off int64) (int, error) {
+			for range 1000 {
+				runtime.Gosched() // all ranges are handed out
+			}
+			cancel()
+			return copy(p, d.content[off:]), nil
+		}
+		diff, err := qcow2.Compare(ctx, a, newCallerDisk(bytes.Repeat([]byte{2}, size)), &qcow2.CompareOptions{Workers: workers})
+		if !errors.Is(err, context.Canceled) || diff != nil {
+			t.Errorf("%d workers: %v, %v", workers, diff, err)
+		}
+	}
+}
+
 // ExampleCompare finds the first byte in which two disks differ.
 func ExampleCompare() {
 	a, err := qcow2.CreateStorage(qcow2.NewMemoryStorage(), 1<<20, nil)

@@ -145,17 +145,8 @@ func finishes(t *testing.T, what string, f func() error) {
 func newHooked(t *testing.T, size int64, o CreateOptions) (*Image, *hookStorage) {
 	t.Helper()
 	s := &hookStorage{Storage: NewMemoryStorage()}
-	img, err := CreateStorage(s, size, &o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := img.Close(); err != nil && !errors.Is(err, fs.ErrClosed) {
-			t.Error(err)
-		}
-		checkByQEMU(t, s.Storage)
-	})
-	return img, s
+	t.Cleanup(func() { checkByQEMU(t, s.Storage) })
+	return newTestImage(t, s, size, o), s
 }
 
 // checkByQEMU has qemu-img check the image in s, where it is installed or required.

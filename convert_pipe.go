@@ -113,7 +113,7 @@ func (c *converter) run(ctx context.Context) error {
 			}
 		}()
 	}
-	err := c.scan(l.start)
+	err := c.scan(ctx, l.start)
 	if err != nil {
 		c.turns.end()
 		l.fail(err)

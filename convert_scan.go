@@ -1,6 +1,9 @@
 package qcow2
 
-import "slices"
+import (
+	"context"
+	"slices"
+)
 
 // Convert's view of the source: its extents, in pieces that are copied one by one.
 
@@ -90,17 +93,12 @@ type scanner struct {
 }
 
 // scan emits the pieces of the whole target, in order.
-func (c *converter) scan(emit func(*piece) error) error {
+func (c *converter) scan(ctx context.Context, emit func(*piece) error) error {
 	s := &scanner{c: c, emit: emit}
-	next := int64(0)
-	for e, err := range c.src.Extents(0, c.total) {
-		if err == nil && (e.Off != next || e.Len <= 0 || e.Len > c.total-next) {
-			err = errBadExtents
-		}
+	for e, err := range wholeExtents(ctx, c.src.Extents(0, c.total), c.total) {
 		if err != nil {
 			return err
 		}
-		next += e.Len
 		class := classCopy
 		switch {
 		case c.opts.SharedDepth > 0 && e.Depth >= c.opts.SharedDepth:
@@ -118,9 +116,6 @@ func (c *converter) scan(emit func(*piece) error) error {
 		if err := s.add(run, class, read); err != nil {
 			return err
 		}
-	}
-	if next != c.total {
-		return errBadExtents
 	}
 	if c.opts.KeepRest {
 		return s.finish()

@@ -58,19 +58,12 @@ func (s *countingStorage) punchedAll(off, n uint64) bool {
 func newCounted(t *testing.T, size int64, o CreateOptions) (*Image, *countingStorage) {
 	t.Helper()
 	s := &countingStorage{Storage: NewMemoryStorage()}
-	img, err := CreateStorage(s, size, &o)
-	if err != nil {
-		t.Fatal(err)
-	}
 	t.Cleanup(func() {
-		if err := img.Close(); err != nil && !errors.Is(err, fs.ErrClosed) {
-			t.Error(err)
-		}
 		if o.BackingFile == "" && o.DataFile == "" {
 			checkByQEMU(t, s.Storage)
 		}
 	})
-	return img, s
+	return newTestImage(t, s, size, o), s
 }
 
 // TestDiscardRefused tries ranges outside the disk, unknown flags, images that take no change.

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -69,7 +70,8 @@ func (e *Extent) follows(x *Extent) bool {
 // In an image that looks as if its clusters had been preallocated, those that were never written are holes of the host
 // file, and are told from the others (Extent.Hole), as QEMU does it. An image looks so if its refcounts say that it uses
 // more clusters, by a ninth and by two at least, than its file takes space for (Storage.Allocated). That is found out once;
-// in other images, and where a storage does not tell, what is mapped as data is data.
+// in other images, and where a storage does not tell, what is mapped as data is data. What a walk calls a hole has read as
+// zeros at some moment within it, whoever writes beside it.
 //
 // Errors: ErrRange, ErrCorrupt, ErrBackingRequired, fs.ErrClosed, and those of the storage. An error ends
 // the iteration.
@@ -126,7 +128,7 @@ func (img *Image) extents(off, n int64) iter.Seq2[Extent, error] {
 			switch x.kind {
 			case kindNormal:
 				e.Kind, e.HostOff = ExtentData, int64(x.hostOff)
-				goOn = w.yieldData(e, yield)
+				e.Len, goOn = w.yieldData(e, yield)
 			case kindZeroAlloc:
 				e.Kind, e.HostOff = ExtentZero, int64(x.hostOff)
 				goOn = yield(e, nil)
@@ -197,9 +199,14 @@ var errBadExtents = errors.New("extents do not follow each other within the rang
 // checkedExtents is d.Extents, without words that the caller adds, and with an error in place of an extent that does not
 // go on where the one before it ended, or not within the range. It may end before the range does.
 func checkedExtents(d Disk, off, n int64) iter.Seq2[Extent, error] {
+	return inOrder(extentsOf(d, off, n), off, n)
+}
+
+// inOrder yields what seq does, the extents of n bytes from off on, with the errors of checkedExtents.
+func inOrder(seq iter.Seq2[Extent, error], off, n int64) iter.Seq2[Extent, error] {
 	return func(yield func(Extent, error) bool) {
 		next, end := off, off+n
-		for e, err := range extentsOf(d, off, n) {
+		for e, err := range seq {
 			if err == nil && (e.Off != next || e.Len <= 0 || e.Len > end-e.Off) {
 				err = errBadExtents
 			}
@@ -211,6 +218,33 @@ func checkedExtents(d Disk, off, n int64) iter.Seq2[Extent, error] {
 				return
 			}
 			next += e.Len
+		}
+	}
+}
+
+// wholeExtents yields what seq does, the extents of a disk of size bytes from its beginning, with an error in place of one
+// that does not go on where the one before it ended, and where they do not cover the disk, and with that of ctx once it has
+// ended.
+func wholeExtents(ctx context.Context, seq iter.Seq2[Extent, error], size int64) iter.Seq2[Extent, error] {
+	return func(yield func(Extent, error) bool) {
+		if size == 0 {
+			return
+		}
+		next := int64(0)
+		for e, err := range inOrder(seq, 0, size) {
+			if err == nil {
+				err = ctx.Err()
+			}
+			if err != nil {
+				yield(Extent{}, err)
+				return
+			}
+			if next += e.Len; !yield(e, nil) {
+				return
+			}
+		}
+		if next != size {
+			yield(Extent{}, errBadExtents)
 		}
 	}
 }

@@ -17,68 +17,101 @@ const (
 
 // hostHoles finds holes of the host file in what an image maps as data. It keeps the last answer of the storage, which
 // covers many runs where the file is in order. It is used by one goroutine.
+//
+// A hole says that a cluster reads as zeros only if the mapping that names the cluster was looked up before the storage
+// was asked, and the cluster was not given back in between: it might be punched by then, or, when the answer is older,
+// another one's that was written since. So an answer holds for what one look-up found, and is asked for while none of
+// those clusters can have been given back: within the request of the look-up, or in the same epoch of requests.
 type hostHoles struct {
 	state      preallocatedState
-	from       int64 // host offset from which the answer holds
-	start, end int64 // the first data at or after from; from end on nothing is known
+	epoch      uint64 // of the requests, from before the look-up
+	from       int64  // host offset from which the answer holds
+	start, end int64  // the first data at or after from; from end on nothing is known
 }
 
-// yieldData yields e, which the image maps as data, with its holes apart if the image looks preallocated. It reports
-// whether to go on.
-func (w *tableWalk) yieldData(e Extent, yield func(Extent, error) bool) bool {
-	h := &w.holes
+// begin forgets the answer: a look-up follows, by a request that is registered.
+func (h *hostHoles) begin(img *Image) {
+	h.epoch = img.reqs.epoch.Load()
+	h.from, h.start, h.end = 0, 0, 0
+}
+
+// found asks about the n bytes at host offset off, which the look-up has found to be data. Precondition: the caller is the
+// request of the look-up.
+func (h *hostHoles) found(img *Image, off, n int64) {
 	if h.state == preallocatedUnknown {
-		h.state = w.img.looksPreallocated()
+		h.state = img.looksPreallocated()
 	}
-	if h.state == preallocatedNo {
-		return yield(e, nil)
+	if h.state == preallocatedYes {
+		h.ask(img, off, n)
 	}
-	for e.Len > 0 {
+}
+
+// ask asks the storage about the n bytes at host offset off. What it does not tell is data.
+func (h *hostHoles) ask(img *Image, off, n int64) {
+	h.from = off
+	start, end, err := img.data.s.NextData(off)
+	switch {
+	case errors.Is(err, io.EOF):
+		h.start, h.end = math.MaxInt64, math.MaxInt64
+	case err != nil || end <= off || start >= end:
+		h.start, h.end = off, off+n
+	default:
+		h.start, h.end = max(start, off), end
+	}
+}
+
+// at returns how many of the n bytes at host offset off are of one kind, and whether they are a hole. It reports false if
+// the look-up is too old to ask about what it found.
+func (h *hostHoles) at(img *Image, off, n int64) (k int64, hole, ok bool) {
+	if off < h.from || off >= h.end {
+		// What was dropped since the look-up is given back by a cut that ends the epoch, and after the requests of that
+		// epoch: this one among them, if the epoch is still the same.
+		defer img.reqs.leave(img.reqs.enter())
+		if img.reqs.epoch.Load() != h.epoch {
+			return 0, false, false
+		}
+		h.ask(img, off, n)
+	}
+	if off < h.start {
+		return min(n, h.start-off), true, true
+	}
+	return min(n, h.end-off), false, true
+}
+
+// yieldData yields e, which the image maps as data, with its holes apart if the image looks preallocated. It returns how
+// many bytes of it are done, and whether to go on. Where it is less than all, the rest is to be looked up again.
+func (w *tableWalk) yieldData(e Extent, yield func(Extent, error) bool) (n int64, goOn bool) {
+	if w.holes.state != preallocatedYes {
+		return e.Len, yield(e, nil)
+	}
+	for n < e.Len {
 		part := e
-		part.Len, part.Hole = h.at(w.img, e.HostOff, e.Len)
-		if part.Hole {
+		part.Off, part.HostOff = e.Off+n, e.HostOff+n
+		k, hole, ok := w.holes.at(w.img, part.HostOff, e.Len-n)
+		if !ok {
+			w.forget()
+			return n, true
+		}
+		if part.Len, part.Hole = k, hole; hole {
 			part.Kind = ExtentZero
 		}
 		if !yield(part, nil) {
-			return false
+			return n, false
 		}
-		e.Off, e.HostOff, e.Len = e.Off+part.Len, e.HostOff+part.Len, e.Len-part.Len
+		n += k
 	}
-	return true
-}
-
-// at returns how many of the n bytes at host offset off are of one kind, and whether they are a hole. What the storage
-// does not tell is data.
-func (h *hostHoles) at(img *Image, off, n int64) (k int64, hole bool) {
-	if off < h.from || off >= h.end {
-		h.from = off
-		s := img.reqs.enter() // Close waits
-		start, end, err := img.data.s.NextData(off)
-		img.reqs.leave(s)
-		switch {
-		case errors.Is(err, io.EOF):
-			h.start, h.end = math.MaxInt64, math.MaxInt64
-		case err != nil || end <= off || start >= end:
-			h.start, h.end = off, off+n
-		default:
-			h.start, h.end = max(start, off), end
-		}
-	}
-	if off < h.start {
-		return min(n, h.start-off), true
-	}
-	return min(n, h.end-off), false
+	return n, true
 }
 
 // looksPreallocated says whether the image uses more clusters than its file takes space for, by the rule of Extents. What
-// cannot be found out counts as no: it is about speed, and nobody's content.
+// cannot be found out counts as no: it is about speed, and nobody's content. Precondition: the caller is a registered
+// request.
 func (img *Image) looksPreallocated() preallocatedState {
 	if s := preallocatedState(img.preallocated.Load()); s != preallocatedUnknown {
 		return s
 	}
-	defer img.reqs.leave(img.reqs.enter())
 	s := preallocatedNo
-	if img.readable() == nil && img.usesMoreThanTaken() {
+	if img.usesMoreThanTaken() {
 		s = preallocatedYes
 	}
 	img.preallocated.Store(int32(s))

@@ -41,13 +41,25 @@ func (w *tableWalk) next(off uint64) (extent, error) {
 	return w.look(off)
 }
 
-// look is next behind the window: it reads the next one, or finds that none is needed.
+// look is next behind the window, as a request of its own.
 func (w *tableWalk) look(off uint64) (extent, error) {
-	img, m := w.img, w.img.m
+	img := w.img
 	defer img.reqs.leave(img.reqs.enter())
 	if err := img.readable(); err != nil {
 		return extent{}, err
 	}
+	w.holes.begin(img)
+	x, err := w.lookUp(off)
+	if err == nil && x.kind == kindNormal {
+		w.holes.found(img, int64(x.hostOff), int64(x.n))
+	}
+	return x, err
+}
+
+// lookUp returns the extent at off, behind the window: it reads the next one, or finds that none is needed.
+// Precondition: the caller is a registered request.
+func (w *tableWalk) lookUp(off uint64) (extent, error) {
+	img, m := w.img, w.img.m
 	w.below, w.rules = img.below, m.entryRules
 	if w.cached == 0 {
 		reach := uint64(1) << (m.clusterBits + m.sliceBits - m.l2EntryBits)
@@ -116,5 +128,5 @@ func (w *tableWalk) read(off, l2Off uint64) error {
 	return nil
 }
 
-// forget drops the window.
-func (w *tableWalk) forget() { w.stop = 0 }
+// forget drops the window. The next one is short again: it may not last longer.
+func (w *tableWalk) forget() { w.stop, w.grow = 0, firstWindow }

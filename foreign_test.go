@@ -577,14 +577,7 @@ func TestForeignHoles(t *testing.T) {
 func TestForeignAllocations(t *testing.T) {
 	for name, build := range foreignImages {
 		im := build()
-		s := NewMemoryStorage()
-		if _, err := s.WriteAt(im.file, 0); err != nil {
-			t.Fatal(err)
-		}
-		d, err := OpenForeign(s, im.format, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		d := im.mustOpen(t, nil)
 		p := make([]byte, len(im.disk))
 		if n := testing.AllocsPerRun(100, func() {
 			if _, err := d.ReadAt(p, 0); err != nil {

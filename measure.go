@@ -48,7 +48,8 @@ func Measure(ctx context.Context, src Disk, opts *MeasureOptions) (*Measurement,
 
 // measureDisk is Measure without the words around the error.
 func measureDisk(ctx context.Context, src Disk, opts *MeasureOptions) (*Measurement, error) {
-	p, err := planMeasure(src.Size(), opts)
+	size := src.Size()
+	p, err := planMeasure(size, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -59,14 +60,14 @@ func measureDisk(ctx context.Context, src Disk, opts *MeasureOptions) (*Measurem
 	case p.sparse && p.below:
 		p.Required = p.FullyAllocated
 	case p.sparse:
-		n, err := p.dataClusters(ctx, src)
+		n, err := p.dataClusters(ctx, src, size)
 		if err != nil {
 			return nil, err
 		}
 		p.Required += int64(n << p.g.clusterBits)
 	}
 	if p.o.Progress != nil {
-		p.o.Progress(src.Size(), src.Size())
+		p.o.Progress(size, size)
 	}
 	if img := imageOf(src); img != nil && !p.o.Raw && p.version >= 3 {
 		if p.Bitmaps, p.HasBitmaps, err = img.measureBitmaps(&p.g); err != nil {
@@ -138,35 +139,29 @@ func planMeasure(size int64, opts *MeasureOptions) (*measurePlan, error) {
 // maxDiskSize is the largest size in bytes that a Disk can have whole sectors for.
 const maxDiskSize = 1<<63 - sectorSize
 
-// dataClusters returns how many clusters of the target the data of src touches.
-func (p *measurePlan) dataClusters(ctx context.Context, src Disk) (n uint64, err error) {
-	next, total := int64(0), src.Size()
+// dataClusters returns how many clusters of the target the data of src, a disk of total bytes, touches.
+func (p *measurePlan) dataClusters(ctx context.Context, src Disk, total int64) (n uint64, err error) {
+	told := int64(0)
 	counted := uint64(0) // the clusters before are counted, or not needed
-	for e, err := range checkedExtents(src, 0, total) {
-		if err == nil {
-			err = ctx.Err()
-		}
+	for e, err := range wholeExtents(ctx, extentsOf(src, 0, total), total) {
 		if err != nil {
 			return 0, err
 		}
-		if p.o.Progress != nil && e.Off>>progressBits != next>>progressBits {
+		if p.o.Progress != nil && e.Off-told >= progressStep {
 			p.o.Progress(e.Off, total)
+			told = e.Off
 		}
-		next = e.Off + e.Len
 		if !e.Kind.readsZero() {
 			first := max(counted, uint64(e.Off)>>p.g.clusterBits)
-			counted = max(counted, p.g.clusters(uint64(next)))
+			counted = max(counted, p.g.clusters(uint64(e.Off+e.Len)))
 			n += counted - min(first, counted)
 		}
-	}
-	if next != total {
-		return 0, errBadExtents
 	}
 	return n, nil
 }
 
-// progressBits is log2 of the bytes of a disk after which an operation that reads tables only tells its progress: 1 GiB.
-const progressBits = 30
+// progressStep is how many bytes of a disk an operation that reads tables only passes before it tells its progress.
+const progressStep = 1 << 30
 
 // imageOf returns the image that d is, or is a snapshot of, or nil.
 func imageOf(d Disk) *Image {

@@ -141,6 +141,28 @@ func TestMeasureRaw(t *testing.T) {
 	}
 }
 
+// TestMeasureProgress measures a disk of many extents: it tells how far it is every GiB, and at the end.
+func TestMeasureProgress(t *testing.T) {
+	const size, step = 5 << 30, 256 << 20
+	disk := badExtentsDisk{&callerDisk{size: size}, func(yield func(qcow2.Extent, error) bool) {
+		for off := int64(0); off < size; off += step {
+			if !yield(qcow2.Extent{Off: off, Len: step, Kind: qcow2.ExtentKind(1 + off/step%2), HostOff: -1}, nil) {
+				return
+			}
+		}
+	}}
+	var told []int64
+	_, err := qcow2.Measure(t.Context(), disk, &qcow2.MeasureOptions{Progress: func(done, total int64) {
+		told = append(told, done>>30)
+		if total != size {
+			t.Errorf("total %d", total)
+		}
+	}})
+	if diff := cmp.Diff([]int64{1, 2, 3, 4, 5}, told); diff != "" || err != nil {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+}
+
 // ExampleMeasureSize tells how long an image file can become.
 func ExampleMeasureSize() {
 	m, err := qcow2.MeasureSize(10<<20, nil)

@@ -114,7 +114,7 @@ func TestPreallocation(t *testing.T) {
 					if o.BackingFile != "" {
 						base := fillRepeated(c.size / 2)
 						copy(want, base)
-						o.Open.Backing = rawDisk(t, base)
+						o.Open.Backing = newTestRaw(t, base)
 					}
 					img, err := CreateStorage(s, c.size, &o)
 					if err != nil {
@@ -158,24 +158,10 @@ func TestPreallocation(t *testing.T) {
 	}
 }
 
-// rawDisk returns a disk with the given content.
-func rawDisk(t testing.TB, content []byte) Disk {
-	t.Helper()
-	s := NewMemoryStorage()
-	if _, err := s.WriteAt(content, 0); err != nil {
-		t.Fatal(err)
-	}
-	d, err := NewRawDisk(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
 // TestPreallocationRefused has Create refuse what cannot be preallocated, with nothing written.
 func TestPreallocationRefused(t *testing.T) {
 	over := CreateOptions{BackingFile: "base", BackingFormat: "raw", Preallocation: PreallocationMetadata}
-	lent := CreateOptions{Preallocation: PreallocationFalloc, Open: &OpenOptions{Backing: rawDisk(t, make([]byte, 512))}}
+	lent := CreateOptions{Preallocation: PreallocationFalloc, Open: &OpenOptions{Backing: newTestRaw(t, make([]byte, 512))}}
 	tests := []struct {
 		name string
 		size int64

@@ -79,7 +79,7 @@ func newResizeRun(t testing.TB, c resizeCase, seed uint64) *resizeRun {
 	r.want = make([]byte, c.size)
 	if c.base > 0 {
 		r.base = fillRepeated(c.base)
-		r.backing = rawDisk(t, r.base)
+		r.backing = newTestRaw(t, r.base)
 		copy(r.want, r.base)
 	}
 	o := c.create

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"runtime"
@@ -161,26 +162,31 @@ func newStreamer(ctx context.Context, src Disk, opts *StreamOptions) (*streamer,
 	return s, nil
 }
 
-// check refuses what cannot be streamed.
+// check returns all that cannot be streamed, joined, or nil.
 func (o *StreamOptions) check(c *CreateOptions) error {
-	refuse := func(option string, value any, reason string) error {
-		return &OptionError{Option: option, Value: value, Reason: reason}
+	var errs []error
+	bad := func(option string, value any, reason string) {
+		errs = append(errs, &OptionError{Option: option, Value: value, Reason: reason})
 	}
-	switch {
-	case c.DataFile != "":
-		return refuse("DataFile", c.DataFile, "cannot be streamed: it is another file")
-	case c.Preallocation != PreallocationOff:
-		return refuse("Preallocation", c.Preallocation, "cannot be streamed: a stream has no room for later")
-	case o.Workers < 0 || o.Workers > maxStreamWorkers:
-		return refuse("Workers", o.Workers, fmt.Sprintf("want 0 to %d", maxStreamWorkers))
-	case !validDeflateWindow(o.DeflateWindow):
-		return refuse("DeflateWindow", o.DeflateWindow, "must be 4096 or 32768")
-	case o.SharedDepth < 0:
-		return refuse("SharedDepth", o.SharedDepth, "want no negative number")
-	case o.SharedDepth > 0 && c.BackingFile == "":
-		return refuse("SharedDepth", o.SharedDepth, "needs Create.BackingFile")
+	if c.DataFile != "" {
+		bad("DataFile", c.DataFile, "cannot be streamed: it is another file")
 	}
-	return nil
+	if c.Preallocation != PreallocationOff {
+		bad("Preallocation", c.Preallocation, "cannot be streamed: a stream has no room for later")
+	}
+	if o.Workers < 0 || o.Workers > maxStreamWorkers {
+		bad("Workers", o.Workers, fmt.Sprintf("want 0 to %d", maxStreamWorkers))
+	}
+	if !validDeflateWindow(o.DeflateWindow) {
+		bad("DeflateWindow", o.DeflateWindow, "must be 4096 or 32768")
+	}
+	if o.SharedDepth < 0 {
+		bad("SharedDepth", o.SharedDepth, "must not be negative")
+	}
+	if o.SharedDepth > 0 && c.BackingFile == "" {
+		bad("SharedDepth", o.SharedDepth, "needs Create.BackingFile")
+	}
+	return errors.Join(errs...)
 }
 
 // byContent reports whether the content decides what is written, rather than the extents alone.

@@ -54,35 +54,6 @@ func (s *streamSource) seen(e *Extent) uint8 {
 	return seenZero
 }
 
-// extents yields the extents of the disk, which must follow each other.
-func (s *streamSource) extents(ctx context.Context) iter.Seq2[Extent, error] {
-	return func(yield func(Extent, error) bool) {
-		next, size := int64(0), int64(s.size)
-		if size == 0 {
-			return
-		}
-		for e, err := range s.Extents(0, size) {
-			if err == nil {
-				err = ctx.Err()
-			}
-			if err == nil && (e.Off != next || e.Len <= 0 || e.Len > size-next) {
-				err = errBadExtents
-			}
-			if err != nil {
-				yield(Extent{}, err)
-				return
-			}
-			next += e.Len
-			if !yield(e, nil) {
-				return
-			}
-		}
-		if next != size {
-			yield(Extent{}, errBadExtents)
-		}
-	}
-}
-
 // runs yields the runs that have entries, each as long as it is.
 func (s *streamSource) runs(ctx context.Context) iter.Seq2[guestRun, error] {
 	return func(yield func(guestRun, error) bool) {
@@ -105,7 +76,7 @@ func (s *streamSource) runs(ctx context.Context) iter.Seq2[guestRun, error] {
 		}
 		off := uint64(0)
 		part := uint8(seenNothing) // of the cluster that off is inside
-		for e, err := range s.extents(ctx) {
+		for e, err := range wholeExtents(ctx, s.Extents(0, int64(s.size)), int64(s.size)) {
 			if err != nil {
 				yield(guestRun{}, err)
 				return

@@ -8,6 +8,7 @@ import (
 	"io"
 	"iter"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -388,6 +389,10 @@ func TestStreamOptions(t *testing.T) {
 		if _, err := StreamSize(context.Background(), sizeDisk(tc.size), &tc.o); !errors.As(err, &e) || e.Option != tc.option {
 			t.Errorf("StreamSize, want %s refused: %v", tc.option, err)
 		}
+	}
+	_, err := StreamSize(context.Background(), sizeDisk(512), &StreamOptions{Workers: -1, SharedDepth: -1})
+	if text := fmt.Sprint(err); !strings.Contains(text, "Workers") || !strings.Contains(text, "SharedDepth") {
+		t.Errorf("two options are refused: %v", err)
 	}
 	if _, err := WriteStream(context.Background(), io.Discard, sizeDisk(1<<60), nil); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("disk of 1 EiB: %v, want ErrTooLarge", err)

@@ -47,10 +47,7 @@ func convertCommand() *cobra.Command {
 				return err
 			}
 			if help {
-				if to.Format == disk.QCOW2 {
-					fmt.Fprint(cmd.OutOrStdout(), createOptionNames)
-				}
-				return nil
+				return printCreateHelp(cmd.OutOrStdout(), to.Format)
 			}
 			if len(args) != 2 {
 				return errors.New("must specify one input and one output file name")
@@ -105,9 +102,6 @@ func (f *convertFlags) add(cmd *cobra.Command) {
 
 // target returns the target that the flags ask for, and whether they ask for help instead.
 func (f *convertFlags) target(stderr io.Writer) (to disk.Target, help bool, err error) {
-	if err := checkFormat(f.format); err != nil {
-		return to, false, err
-	}
 	c, err := readCreateOptions(f.format, f.options)
 	if err != nil || c.help {
 		to.Format = f.format

@@ -22,18 +22,12 @@ func createCommand() *cobra.Command {
 		Short: "Create a disk image, replacing an existing file",
 		Args:  cobra.RangeArgs(0, 2), // none with -o help
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := checkFormat(format); err != nil {
-				return err
-			}
 			c, err := readCreateOptions(format, options)
 			if err != nil {
 				return err
 			}
 			if c.help {
-				if format == disk.QCOW2 {
-					fmt.Fprint(cmd.OutOrStdout(), createOptionNames)
-				}
-				return nil
+				return printCreateHelp(cmd.OutOrStdout(), format)
 			}
 			if len(args) == 0 {
 				return errors.New("expecting image file name")

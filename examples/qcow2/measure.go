@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -43,18 +42,12 @@ func measureCommand() *cobra.Command {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		if err := checkFormat(format); err != nil {
-			return err
-		}
 		c, err := readCreateOptions(format, options)
 		if err != nil {
 			return err
 		}
 		if c.help {
-			if format == disk.QCOW2 {
-				fmt.Fprint(cmd.OutOrStdout(), createOptionNames)
-			}
-			return nil
+			return printCreateHelp(cmd.OutOrStdout(), format)
 		}
 		bySize := cmd.Flags().Changed("size")
 		switch {

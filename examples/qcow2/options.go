@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"strconv"
 	"strings"
@@ -115,9 +116,21 @@ type createOptions struct {
 	help  bool  // -o help
 }
 
-// readCreateOptions reads options of a new image in the given format. Of an option that is given twice
+// printCreateHelp prints what -o takes for the format.
+func printCreateHelp(w io.Writer, format string) error {
+	if format != disk.QCOW2 {
+		return nil
+	}
+	_, err := io.WriteString(w, createOptionNames)
+	return err
+}
+
+// readCreateOptions reads options of a new image in the given format, which is checked. Of an option that is given twice
 // the last counts.
 func readCreateOptions(format string, args []string) (c createOptions, err error) {
+	if err := checkFormat(format); err != nil {
+		return c, err
+	}
 	opts, err := parseOptions(args)
 	if err != nil {
 		return c, err

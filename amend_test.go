@@ -205,6 +205,43 @@ func TestAmendMovesRefcountTable(t *testing.T) {
 	walkStorage(t, s, true)
 }
 
+// TestAmendLeavesCopied writes out a zero cluster of a snapshot, which shared its host cluster with data of the disk. The
+// disk is then the only one with it, which COPIED tells (I7).
+func TestAmendLeavesCopied(t *testing.T) {
+	const cs = 4096
+	s := NewMemoryStorage()
+	img, err := CreateStorage(s, 64*cs, &CreateOptions{ClusterSize: cs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := context.Background()
+	mustWrite(t, img, pattern(1, cs), 0)
+	createSnapshot(t, img, "data")
+	if err := img.WriteZeroes(0, cs, 0); err != nil {
+		t.Fatal(err)
+	}
+	createSnapshot(t, img, "zeros")
+	if err := errors.Join(img.ApplySnapshot(ctx, SnapshotRef{Name: "data"}), img.DeleteSnapshot(ctx, SnapshotRef{Name: "data"})); err != nil {
+		t.Fatal(err)
+	}
+	// A write of its own gives the disk an L2 table of its own.
+	mustWrite(t, img, pattern(2, cs), 8*cs)
+	e := entryAt(t, img, 0)
+	if e.word&flagCopied != 0 || img.m.kind(e, 0) != kindNormal {
+		t.Fatalf("entry %#x, want data that is shared", e.word)
+	}
+	if err := img.Amend(ctx, &AmendOptions{Version: 2}); err != nil {
+		t.Fatal(err)
+	}
+	if now := entryAt(t, img, 0); now.word != e.word|flagCopied {
+		t.Errorf("entry %#x, want %#x with COPIED", now.word, e.word)
+	}
+	if err := errors.Join(wantAt(img, pattern(1, cs), 0)(), img.Close()); err != nil {
+		t.Error(err)
+	}
+	walkStorage(t, s, true)
+}
+
 // TestAmendNothing shows that an Amend of nothing writes nothing.
 func TestAmendNothing(t *testing.T) {
 	s := NewMemoryStorage()

@@ -22,6 +22,11 @@ import (
 //	3  the entries                                                                                    sync
 //	4  the references to clusters that were replaced are lowered                                      no sync
 //
+// and at the end, where an active entry without the zero flag has become the only one with its cluster,
+//
+//	5  the refcounts                                                                                  sync
+//	6  COPIED in such entries                                                                         sync
+//
 // A crash before step 3 leaves the old entries, which read as zeros whatever their clusters hold; in step 3, of each
 // sector the old or the new ones, and both clusters of an entry are counted (I1) and hold zeros (I2). At worst there
 // are leaks. An error gives back the clusters of entries that are not on disk.
@@ -32,6 +37,8 @@ type zeroExpansion struct {
 
 	tables []expandedTable // of the batch
 	bytes  uint64          // written for the batch
+
+	single *refWords // clusters whose count has become one (refStoredOne); nil: none
 }
 
 // expandedTable is an L2 table in whose entries the zero flag is to be dropped.
@@ -86,8 +93,29 @@ func (a *amender) expandZeros() error {
 	}
 	// What follows reads refcounts from the host.
 	img.mu.Lock()
-	defer img.mu.Unlock()
-	return img.m.alloc.writeBack()
+	err = img.m.alloc.writeBack()
+	img.mu.Unlock()
+	if err != nil || x.single == nil {
+		return err
+	}
+	return x.setCopied()
+}
+
+// setCopied is steps 5 and 6.
+func (x *zeroExpansion) setCopied() error {
+	img := x.img
+	if err := img.host.sync(); err != nil {
+		return err
+	}
+	size, err := img.host.s.Size()
+	if err != nil {
+		return err
+	}
+	err = img.setCopied(x.ctx, x.single, uint64(size))
+	if err == nil {
+		err = img.host.sync()
+	}
+	return errors.Join(err, img.forgetSlices())
 }
 
 // l2Place is an L2 table: its host offset, with bit 0 set if the active L1 table names it.
@@ -354,7 +382,16 @@ func (x *zeroExpansion) lower(off, refs uint64) {
 	x.img.mu.Lock()
 	defer x.img.mu.Unlock()
 	x.img.wb.lowered = true
-	_, _ = x.img.m.alloc.add(clusterRun{first: off >> x.img.m.clusterBits, n: 1}, -int(refs))
+	ci := off >> x.img.m.clusterBits
+	if _, err := x.img.m.alloc.add(clusterRun{first: ci, n: 1}, -int(refs)); err != nil {
+		return
+	}
+	if v, err := x.img.m.alloc.refcount(ci); err == nil && v == 1 {
+		if x.single == nil {
+			x.single = newRefWords()
+		}
+		x.single.add(ci, 0, refStoredOne, x.img.m.alloc.max)
+	}
 }
 
 // giveUp gives the new clusters of the batch back, none of which is named, and returns err.

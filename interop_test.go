@@ -686,7 +686,7 @@ func (r *interopRun) expectMap(when string) {
 		if e.Depth > 0 || e.Kind == qcow2.ExtentUnallocated {
 			continue
 		}
-		got = add(got, run{e.Off, e.HostOff, e.Len, e.Kind == qcow2.ExtentData || e.Kind == qcow2.ExtentCompressed})
+		got = add(got, run{e.Off, e.HostOff, e.Len, e.Kind == qcow2.ExtentData || e.Kind == qcow2.ExtentCompressed || e.Hole})
 	}
 	for _, e := range qemutest.Map(r.T, r.path) {
 		if e.Depth > 0 || !e.Present {

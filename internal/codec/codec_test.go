@@ -728,6 +728,12 @@ func FuzzDecompress(f *testing.F) {
 		if err != nil {
 			return
 		}
+		if Type(typ%2) == Deflate {
+			want := make([]byte, size)
+			if err := inflateByPackage(want, payload); err == nil && !bytes.Equal(want, dst) {
+				t.Fatal("package flate unpacks it to other bytes")
+			}
+		}
 		// The result depends on nothing but the payload, and what was decoded can be packed again.
 		again := bytes.Repeat([]byte{0x22}, int(size))
 		if err := Decompress(again, payload, Type(typ%2)); err != nil || !bytes.Equal(again, dst) {

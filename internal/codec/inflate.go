@@ -12,8 +12,8 @@ import (
 // its own, copies nothing twice, and looks up codes in tables by 64 bits of input at a time. RFC 1951.
 //
 // It is here because the decoders of the standard library and of klauspost/compress, which are made for streams, take 1.7
-// times its processor time: reading compressed images would be no faster than qemu-img. FuzzDecompress and
-// TestInflateAgrees hold it to what package flate makes of the same payloads, damaged ones included.
+// times its processor time: reading compressed images would be no faster than qemu-img. TestInflateAgrees and
+// FuzzDecompress hold it to what package flate makes of the same payloads, damaged ones included.
 
 // Entries of the tables of Huffman codes. An entry of 0 belongs to no code.
 //

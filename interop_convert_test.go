@@ -1,7 +1,6 @@
 package qcow2_test
 
 import (
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -56,6 +55,14 @@ func openDisk(t *testing.T, name, format string) qcow2.Disk {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close() })
+	if format != "raw" {
+		d, err := qcow2.OpenForeign(s, qcow2.ForeignFormat(format), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { d.Close() })
+		return d
+	}
 	d, err := qcow2.NewRawDisk(s)
 	if err != nil {
 		t.Fatal(err)
@@ -63,8 +70,17 @@ func openDisk(t *testing.T, name, format string) qcow2.Disk {
 	return d
 }
 
-// TestInteropConvert takes a real file system from each format, as qemu-img and as we wrote it, to each. qemu-img finds
-// all of them the same, and the images without fault.
+// foreignSources are the formats that the file system comes from besides, by qemu-img alone.
+var foreignSources = []convertFormat{
+	{name: "QED", format: "qed"},
+	{name: "fixed VHD", format: "vpc", qemu: []string{"-o", "subformat=fixed,force_size=on"}},
+	{name: "dynamic VHD", format: "vpc", qemu: []string{"-o", "subformat=dynamic,force_size=on"}},
+	{name: "VDI", format: "vdi"},
+	{name: "static VDI", format: "vdi", qemu: []string{"-o", "static=on"}},
+}
+
+// TestInteropConvert takes a real file system from each format, as qemu-img and as we wrote it, and from each foreign one,
+// to each. qemu-img finds all of them the same, and the images without fault.
 func TestInteropConvert(t *testing.T) {
 	qemutest.Require(t)
 	if _, err := measure.FindProgram("mke2fs"); err != nil {
@@ -92,6 +108,14 @@ func TestInteropConvert(t *testing.T) {
 			}
 		}
 	}
+	// pair is convert to a file that is not needed any more.
+	pair := func(t *testing.T, from, fromFormat string, to *convertFormat) {
+		t.Helper()
+		convert(t, from, fromFormat, to, path("pair"))
+		if err := os.Remove(path("pair")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for i, from := range formats {
 		theirs, ours := path("theirs-"+from.name), path("ours-"+from.name)
 		qemutest.Dump(t, theirs, ours)
@@ -105,11 +129,15 @@ func TestInteropConvert(t *testing.T) {
 				if (i+j)%2 == 0 {
 					name = theirs
 				}
-				convert(t, name, from.format, to, path(fmt.Sprintf("%d-%d", i, j)))
-				if err := os.Remove(path(fmt.Sprintf("%d-%d", i, j))); err != nil {
-					t.Fatal(err)
-				}
+				pair(t, name, from.format, to)
 			})
+		}
+	}
+	for _, from := range foreignSources {
+		theirs := path("theirs-" + from.name)
+		qemutest.Img(t, append(append([]string{"convert", "-f", "raw", "-O", from.format}, from.qemu...), source, theirs)...)
+		for j := range formats {
+			t.Run(from.name+" to "+formats[j].name, func(t *testing.T) { pair(t, theirs, from.format, &formats[j]) })
 		}
 	}
 }

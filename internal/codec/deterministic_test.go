@@ -98,13 +98,13 @@ func TestDeterministicWrap(t *testing.T) {
 			clusters = append(clusters, c.cluster(64<<10, 2))
 		}
 		want := p.fresh(clusters, typ)
-		total := 0
+		total := int64(0)
 		for total < 5<<30/2 {
 			for i := range clusters {
 				if got := p.pack(clusters[i], typ); !bytes.Equal(got, want[i]) {
 					t.Fatalf("%v, %s: another payload after %d bytes", typ, contents[i].name, total)
 				}
-				total += len(clusters[i])
+				total += int64(len(clusters[i]))
 			}
 		}
 		t.Logf("%v: %d MiB through one encoder", typ, total>>20)

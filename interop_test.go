@@ -103,14 +103,14 @@ func newInteropEnv(t *testing.T, cases []interopCase) *interopEnv {
 	return e
 }
 
-// TestInteropMatrix runs every legal combination of cluster size, version, refcount width and kind of image
+// TestInteropMatrix runs half of the legal combinations of cluster size, version, refcount width and kind of image
 // in one of two directions: QEMU makes the image and we read it, write over it, and QEMU judges; or we make the
-// image, QEMU adds zeros and discards, we write over it, and QEMU judges. Which one, is as good as random, and always the
-// same;
+// image, QEMU adds zeros and discards, we write over it, and QEMU judges. Which ones, is as good as random, and always
+// the same;
 //
 //	QCOW2_INTEROP_ALL=1 go test -run TestInteropMatrix .
 //
-// runs both.
+// runs all of them in both.
 func TestInteropMatrix(t *testing.T) {
 	qemutest.Require(t)
 	cases, left := interopCases()
@@ -133,8 +133,8 @@ func TestInteropMatrix(t *testing.T) {
 	var want [2]int64
 	t.Run("all", func(t *testing.T) {
 		for i := 0; i < len(cases); i += stride {
-			c, toUs := cases[i], coin.IntN(2) == 0
-			directions := [2]bool{both || toUs, both || !toUs}
+			c, side := cases[i], coin.IntN(4)
+			directions := [2]bool{both || side == 0, both || side == 1}
 			for k, d := range directions {
 				if d {
 					want[k]++

@@ -4,7 +4,7 @@
 # ones before; the exit code is 0 if none failed.
 #
 #   QCOW2_REQUIRE_QEMU=1   a missing tool fails its step (as in CI) instead of skipping it
-#   FUZZTIME=30s           time for each fuzz target (default 3s)
+#   FUZZTIME=30s           time for each fuzz target (default 2s)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -114,7 +114,7 @@ fuzz() {
 		list=$(go test -list '^Fuzz' "$package")
 		for target in $(grep '^Fuzz' <<<"$list" || true); do
 			echo "$package $target"
-			go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME-3s}" -fuzzminimizetime 10x "$package" | tail -n 20
+			go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME-2s}" -fuzzminimizetime 10x "$package" | tail -n 20
 			count=$((count + 1))
 		done
 	done

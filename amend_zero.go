@@ -111,11 +111,7 @@ func (x *zeroExpansion) setCopied() error {
 	if err != nil {
 		return err
 	}
-	err = img.setCopied(x.ctx, x.single, uint64(size))
-	if err == nil {
-		err = img.host.sync()
-	}
-	return errors.Join(err, img.forgetSlices())
+	return img.restoreCopied(x.ctx, x.single, uint64(size))
 }
 
 // l2Place is an L2 table: its host offset, with bit 0 set if the active L1 table names it.

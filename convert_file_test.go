@@ -170,18 +170,7 @@ func TestConvertFileRefuses(t *testing.T) {
 	defer img.Close()
 	src := &knownDisk{content: make([]byte, 1<<20)}
 	base := filepath.Join(dir, "raw")
-	if err := os.WriteFile(base, make([]byte, 512), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	s, err := OpenFileStorage(base, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	raw, err := NewRawDisk(s)
-	if err != nil {
-		t.Fatal(err)
-	}
+	raw := newRawFile(t, base, make([]byte, 512), os.O_RDWR)
 	tests := []struct {
 		name string
 		file string
@@ -216,4 +205,22 @@ func TestConvertFileRefuses(t *testing.T) {
 	if err := img.Sync(); err != nil {
 		t.Errorf("the image in use: %v", err)
 	}
+}
+
+// newRawFile returns the disk in a new raw file with the given content, opened with flag until the test ends.
+func newRawFile(t *testing.T, name string, content []byte, flag int) *RawDisk {
+	t.Helper()
+	if err := os.WriteFile(name, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := OpenFileStorage(name, flag, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	raw, err := NewRawDisk(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
 }

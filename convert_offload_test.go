@@ -15,18 +15,7 @@ func TestConvertOffload(t *testing.T) {
 	dir := t.TempDir()
 	content := convertContent(6, 3<<20+1000)
 	base := filepath.Join(dir, "base")
-	if err := os.WriteFile(base, content, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	s, err := OpenFileStorage(base, os.O_RDONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	raw, err := NewRawDisk(s)
-	if err != nil {
-		t.Fatal(err)
-	}
+	raw := newRawFile(t, base, content, os.O_RDONLY)
 	overlay := filepath.Join(dir, "overlay")
 	img, err := Create(overlay, 4<<20, &CreateOptions{ClusterSize: 4096, Open: &OpenOptions{Backing: raw}})
 	if err != nil {

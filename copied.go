@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 )
 
@@ -76,6 +77,15 @@ func (img *Image) setCopied(ctx context.Context, refs *refWords, size uint64) er
 		}
 		return w
 	})
+}
+
+// restoreCopied is setCopied, made durable; reads find the flags from then on. Preconditions: those of setCopied.
+func (img *Image) restoreCopied(ctx context.Context, refs *refWords, size uint64) error {
+	err := img.setCopied(ctx, refs, size)
+	if err == nil {
+		err = img.host.sync()
+	}
+	return errors.Join(err, img.forgetSlices())
 }
 
 // l1EditEntries is how many L1 entries editL1 writes at once.

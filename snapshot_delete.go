@@ -197,11 +197,7 @@ func (w *snapshotWork) lower(tree *refTree, copied bool) error {
 	if err := w.sync(snapshotSyncLower); err != nil || !copied {
 		return err
 	}
-	err = img.setCopied(context.Background(), tree.refs, w.size)
-	if err == nil {
-		err = img.host.sync()
-	}
-	return errors.Join(err, img.forgetSlices())
+	return img.restoreCopied(context.Background(), tree.refs, w.size)
 }
 
 // unlistTables takes L2 tables of a tree out of the overlap list, as active ones where the active L1 table does not name

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -114,8 +113,8 @@ func compareDisks(ctx context.Context, a, b Disk, o CompareOptions) (*Difference
 	if o.Workers == 0 {
 		o.Workers = min(runtime.GOMAXPROCS(0), maxCompareWorkers)
 	}
-	c := &comparison{o: o, disks: [2]Disk{a, b}, sizes: [2]int64{a.Size(), b.Size()}}
-	small, large := min(c.sizes[0], c.sizes[1]), max(c.sizes[0], c.sizes[1])
+	c := &comparison{o: o, disks: [2]Disk{a, b}}
+	small, large := min(a.Size(), b.Size()), max(a.Size(), b.Size())
 	if o.Strict && small != large {
 		return &Difference{Kind: DifferentSize, Off: small}, nil
 	}
@@ -132,7 +131,6 @@ func compareDisks(ctx context.Context, a, b Disk, o CompareOptions) (*Difference
 type comparison struct {
 	o     CompareOptions
 	disks [2]Disk
-	sizes [2]int64
 	// first is what comes first on the disk, of what was found so far. It is replaced by compare and swap.
 	first atomic.Pointer[outcome]
 }
@@ -180,27 +178,22 @@ func (c *comparison) run(ctx context.Context, total int64) {
 	defer workers.Wait()
 	defer close(jobs)
 
-	var sides [2]extentSide
-	for i := range sides {
-		next, stop := iter.Pull2(checkedExtents(c.disks[i], 0, c.sizes[i]))
-		defer stop()
-		sides[i] = extentSide{next: next, size: c.sizes[i]}
-	}
+	p := newExtentPair(c.disks[0], c.disks[1], 0, total)
+	defer p.stop()
+	x, y := &p.sides[0].e, &p.sides[1].e
 	told := int64(0)
 	for off := int64(0); off < c.first.Load().off; {
-		n := total - off
-		for i := range sides {
-			if err := sides[i].seek(off); err != nil {
-				c.found(&outcome{off: off, err: &CompareError{Second: i == 1, Off: off, Err: err}})
-				return
-			}
-			n = min(n, sides[i].end-off)
+		last, side, err := p.seek(off)
+		if err != nil {
+			c.found(&outcome{off: off, err: &CompareError{Second: side == 1, Off: off, Err: err}})
+			return
 		}
-		if c.o.Strict && sides[0].e.strictState() != sides[1].e.strictState() {
+		if c.o.Strict && x.strictState() != y.strictState() {
 			c.found(&outcome{off: off, diff: &Difference{Kind: DifferentAllocation, Off: off}})
 			return
 		}
-		read := [2]bool{!sides[0].e.Kind.readsZero(), !sides[1].e.Kind.readsZero()}
+		n := min(last, total) - off
+		read := [2]bool{!x.Kind.readsZero(), !y.Kind.readsZero()}
 		if read[0] || read[1] {
 			n = min(n, compareChunk-off%compareChunk)
 			select {
@@ -218,32 +211,6 @@ func (c *comparison) run(ctx context.Context, total int64) {
 			told = off
 		}
 	}
-}
-
-// extentSide is the extents of one disk on the way.
-type extentSide struct {
-	next func() (Extent, error, bool)
-	size int64
-	e    Extent
-	end  int64 // guest offset up to which e holds
-}
-
-// seek makes e the extent at off; past the end of the disk it is an unallocated one without end. Precondition: off does
-// not go back, nor past end.
-func (s *extentSide) seek(off int64) error {
-	if off < s.end {
-		return nil
-	}
-	if off >= s.size {
-		s.e, s.end = Extent{Off: off, HostOff: -1}, 1<<63-1
-		return nil
-	}
-	e, err, ok := s.next()
-	if !ok {
-		return errBadExtents
-	}
-	s.e, s.end = e, e.Off+e.Len
-	return err
 }
 
 // strictState is what two extents have to have in common in a strict comparison.

@@ -26,8 +26,8 @@ type RebaseOptions struct {
 	// unsafe rebase leaves the image as OpenOptions.NoBacking does: reads of what it does not hold return
 	// ErrBackingRequired.
 	Resolver Resolver
-	// Progress, if not nil, is called with the guest bytes that were compared, of those that there are. It must not
-	// call the image.
+	// Progress, if not nil, is called now and then with the guest bytes that were compared, of those that there are, and
+	// at the end. Where another operation comes between, it begins again. It must not call the image.
 	Progress func(done, total int64)
 }
 
@@ -53,7 +53,8 @@ func (o *RebaseOptions) validate() error {
 // Rebase gives the image another backing file, or none. Unless it is Unsafe, the guest sees the same afterwards: what
 // the image does not hold itself and reads differently from the old and the new chain is copied into it, by clusters
 // or subclusters; what was zeros becomes zero clusters, where the version has them. A backing file that is shorter than
-// the disk reads as zeros behind its end.
+// the disk reads as zeros behind its end. What both chains say to be zeros, and what one file decides that is part of both,
+// is not read.
 //
 // Internal snapshots read through the new backing file too, where they hold nothing themselves: as with QEMU, what they
 // show may change.
@@ -121,6 +122,7 @@ type rebaser struct {
 	was   backing // the old one, once it is not in use any more
 	// unmaps says that guest requests can make the image let go of what it holds.
 	unmaps bool
+	told   uint64 // guest offset that Progress heard of last
 }
 
 // prepare finds out whether the image can have the new backing file. Only within alone.
@@ -233,24 +235,61 @@ const rebasePiece = 1 << 20
 
 // copy is step 1. The caller holds all clusters, or none.
 func (r *rebaser) copy(held bool) error {
-	img := r.img
-	m := img.m
-	if img.wb.test.amendSkip == amendSyncCopy {
+	if r.img.wb.test.amendSkip == amendSyncCopy {
 		return nil
 	}
-	perSlice := uint64(1) << (m.sliceBits - m.l2EntryBits + m.clusterBits)
-	for off := uint64(0); off < img.size.Load(); {
+	was, will := r.img.lower().disk, r.below.disk
+	layers := [2][]layer{layersOf(was), layersOf(will)}
+	for off := uint64(0); off < r.img.size.Load(); {
+		end := r.img.size.Load()
+		if err := r.copyUpTo(newExtentPair(was, will, int64(off), int64(end)), layers, off, end, held); err != nil {
+			return err
+		}
+		off = end
+	}
+	return nil
+}
+
+// copyUpTo copies what differs from off up to end, by the extents of both chains. What both say to be zeros is passed
+// over, and what one layer decides in both: the common part of two chains is not read.
+func (r *rebaser) copyUpTo(p *extentPair, layers [2][]layer, off, end uint64, held bool) error {
+	defer p.stop()
+	m := r.img.m
+	x, y := &p.sides[0].e, &p.sides[1].e
+	copied := m.clusterStart(off)
+	for off < end {
 		if err := r.ctx.Err(); err != nil {
 			return err
 		}
-		n := min(max(rebasePiece, m.clusterSize), perSlice-off&(perSlice-1))
-		if next, err := r.nextData(off); err != nil {
-			return err
-		} else if next = m.clusterStart(next); next >= off+n {
-			off = next
-			r.progress(off)
-			continue
+		last, _, err := p.seek(int64(off))
+		if err != nil {
+			return fmt.Errorf("backing file: %w", err)
 		}
+		// Whole clusters are copied; those up to copied are done.
+		next := min(uint64(last), end)
+		if same := x.Kind.readsZero() && y.Kind.readsZero() || sameLayer(x, y, layers); !same {
+			from, to := max(copied, m.clusterStart(off)), min(m.clusterStart(next+m.clusterSize-1), end)
+			if err := r.copyClusters(from, to, held); err != nil {
+				return err
+			}
+			copied, next = to, to
+		}
+		off = next
+		r.progress(off)
+	}
+	return nil
+}
+
+// copyClusters copies what differs of the clusters from off up to end, piece by piece.
+func (r *rebaser) copyClusters(off, end uint64, held bool) error {
+	img := r.img
+	m := img.m
+	perSlice := uint64(1) << (m.sliceBits - m.l2EntryBits + m.clusterBits)
+	for off < end {
+		if err := r.ctx.Err(); err != nil {
+			return err
+		}
+		n := min(max(rebasePiece, m.clusterSize), perSlice-off&(perSlice-1), end-off)
 		seen := m.alloc.released.Load()
 		err := r.copyPiece(off, n, held)
 		if err == nil {
@@ -268,42 +307,13 @@ func (r *rebaser) copy(held bool) error {
 	return nil
 }
 
-// progress tells that everything before off was compared.
+// progress tells that everything before off was compared, now and then.
 func (r *rebaser) progress(off uint64) {
-	if r.o.Progress != nil {
-		size := r.img.size.Load()
-		r.o.Progress(int64(min(off, size)), int64(size))
+	size := r.img.size.Load()
+	if off = min(off, size); r.o.Progress != nil && (off-r.told >= size/1000 || off < r.told || off == size) {
+		r.told = off
+		r.o.Progress(int64(off), int64(size))
 	}
-}
-
-// rebaseAhead is how far nextData looks, in bytes.
-const rebaseAhead = 1 << 30
-
-// nextData returns up to where from off on both chains are known to read as zeros; of a disk without anything further on, a
-// cluster's end behind the disk's.
-func (r *rebaser) nextData(off uint64) (uint64, error) {
-	img := r.img
-	defer img.reqs.leave(img.reqs.enter())
-	size := img.size.Load()
-	next := min(off+rebaseAhead, size)
-	for _, d := range []Disk{img.below.disk, r.below.disk} {
-		if d == nil || off >= uint64(d.Size()) {
-			continue
-		}
-		for e, err := range extentsOf(d, int64(off), int64(next-off)) {
-			if err != nil {
-				return 0, fmt.Errorf("backing file: %w", err)
-			}
-			if e.Kind != ExtentZero && e.Kind != ExtentUnallocated {
-				next = min(next, uint64(e.Off))
-				break
-			}
-		}
-	}
-	if next >= size {
-		next = size + img.m.clusterSize
-	}
-	return next, nil
 }
 
 // copyPiece copies what differs of the n guest bytes at off, which lie within the reach of one L2 slice. Their clusters

@@ -802,7 +802,7 @@ func runConfig(t *testing.T, c workloadConfig, seed uint64, nOps int) modelStats
 	dir := t.TempDir()
 	for i := range images {
 		s := seed*1000 + uint64(i)
-		ops := generateOps(c, s, nOps/images)
+		ops := generateOps(c, s, nOps*(i+1)/images-nOps*i/images)
 		stats, err := runModel(c, s, ops, dir, judge)
 		if err != nil {
 			reportModel(t, c, s, ops, err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 
 	"github.com/go-qcow2/qcow2"
 )
@@ -47,6 +48,67 @@ func benchCases() []benchCase {
 			ours:    resize(1<<20, qcow2.ResizeOptions{Shrink: true}),
 			theirs:  []string{"resize", "-q", "-f", "qcow2", "--shrink", "FILE", "1M"},
 		},
+		{
+			name: "rebase past the middle of a chain, 1 GiB below, 64 MiB in the middle", rounds: 5, prepare: chain(1<<30, 64<<20),
+			ours:   rebase("base"),
+			theirs: []string{"rebase", "-f", "qcow2", "-b", "base", "-F", "qcow2", "FILE"},
+		},
+		{
+			name: "rebase to a copy of 256 MiB", rounds: 5, prepare: chain(256<<20, 1<<20),
+			ours:   rebase("copy"),
+			theirs: []string{"rebase", "-f", "qcow2", "-b", "copy", "-F", "qcow2", "FILE"},
+		},
+		{
+			name: "commit 256 MiB", rounds: 5, prepare: chain(256<<20, 256<<20),
+			ours: func(string) error {
+				img, err := qcow2.Open("middle", &qcow2.OpenOptions{ReadWrite: true, Resolver: qcow2.ResolveBeside(".")})
+				if err != nil {
+					return err
+				}
+				return errors.Join(img.Commit(context.Background(), &qcow2.CommitOptions{}), img.Close())
+			},
+			theirs: []string{"commit", "-q", "-f", "qcow2", "middle"},
+		},
+	}
+}
+
+// chain returns the creation of an image on a middle on a base, and of a copy of the base. The base holds size bytes, and
+// the middle, which is as large, some other ones at the beginning.
+func chain(size, middle int) func() error {
+	return func() error {
+		data := make([]byte, size)
+		rand.NewChaCha8([32]byte{1}).Read(data)
+		for _, f := range []struct {
+			name, on string
+			data     []byte
+		}{{"base", "", data}, {"copy", "", data}, {"middle", "base", data[size-middle:]}, {"image", "middle", data[:1<<20]}} {
+			o := &qcow2.CreateOptions{BackingFile: f.on, Open: &qcow2.OpenOptions{Resolver: qcow2.ResolveBeside(".")}}
+			if f.on != "" {
+				o.BackingFormat = "qcow2"
+			}
+			img, err := qcow2.Create(f.name, int64(size), o)
+			if err != nil {
+				return err
+			}
+			_, err = img.WriteAt(f.data, 0)
+			if err := errors.Join(err, img.Close()); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// rebase returns the rebase of an image to a file beside it.
+func rebase(to string) func(name string) error {
+	return func(name string) error {
+		beside := qcow2.ResolveBeside(".")
+		img, err := qcow2.Open(name, &qcow2.OpenOptions{ReadWrite: true, Resolver: beside})
+		if err != nil {
+			return err
+		}
+		o := &qcow2.RebaseOptions{BackingFile: to, BackingFormat: "qcow2", Resolver: beside}
+		return errors.Join(img.Rebase(context.Background(), o), img.Close())
 	}
 }
 

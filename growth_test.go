@@ -67,7 +67,7 @@ func TestRefcountTableGrowth(t *testing.T) {
 	for _, tt := range tests {
 		name := fmt.Sprintf("bits=%d small-cache=%v lazy=%v reopen=%v", tt.bits, tt.smallCache, tt.lazy, tt.reopen)
 		t.Run(name, func(t *testing.T) {
-			if testing.Short() && tt.bits != 64 {
+			if testing.Short() && (tt.bits != 64 || tt.smallCache || !tt.reopen) {
 				t.Skip("long")
 			}
 			dir := t.TempDir()

@@ -487,7 +487,7 @@ func TestRepair(t *testing.T) {
 // read before, is in no respect worse than the image was, carries no bit that says it is sound while it is not, and
 // is repaired by a second run.
 func TestRepairCrash(t *testing.T) {
-	o, seeds := crashtest.Options{PerPoint: 4, Every: 8}, uint64(1)
+	o, seeds := crashtest.Options{PerPoint: 2, Every: 8}, uint64(1)
 	if testing.Short() {
 		o = crashtest.Options{PerPoint: 1, Every: 16}
 	}

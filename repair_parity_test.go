@@ -478,7 +478,7 @@ func (img *poolImage) convert(t testing.TB, dir poolDir, path string, args ...st
 // images in all ways; the default is each third.
 func TestRebuild(t *testing.T) {
 	qemutest.Require(t)
-	stride := 3
+	stride := 5
 	if testing.Short() {
 		stride = 11
 	}

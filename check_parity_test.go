@@ -337,7 +337,7 @@ func TestCheckParity(t *testing.T) {
 		showParity(t, newParityCase(t, seed, parityNumber(t, "QCOW2_PARITY_ONLY", 0)), dir)
 		return
 	}
-	images := parityImages(t, 100, 30)
+	images := parityImages(t, 60, 30)
 	hits, misses := make(map[damagePart]int), make(map[damagePart]int)
 	exits := make(map[int]int)
 	excused, classes, statClasses := make(map[string][]string), make(map[string][]string), make(map[string][]string)

@@ -772,7 +772,7 @@ func runCrashWorkloads(t *testing.T, firstSeed uint64, perWorkload, perRun int) 
 // TestCrash looks at a slice of the crash states of every workload. What must hold is in
 // docs/GUARANTEES.md.
 func TestCrash(t *testing.T) {
-	n := 1000
+	n := 600
 	if testing.Short() {
 		n = 300
 	}

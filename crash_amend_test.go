@@ -75,6 +75,29 @@ func amendDisk(n int64, name uint64, rng *rand.Rand) (Disk, []byte) {
 	return d, p
 }
 
+// amendOverlay returns an image in memory over a disk, of which it hides a half with content of its own and with zeros.
+func amendOverlay(base Disk, n int64, rng *rand.Rand) Disk {
+	o := &CreateOptions{ClusterSize: 512, BackingFile: "base", BackingFormat: "raw", Open: &OpenOptions{Backing: base}}
+	img, err := CreateStorage(NewMemoryStorage(), n, o)
+	if err != nil {
+		panic(err)
+	}
+	p := make([]byte, 512)
+	for off := int64(0); off < n; off += 512 {
+		switch rng.IntN(4) {
+		case 0:
+			crashContent(p, off, 3, true)
+			_, err = img.WriteAt(p, off)
+		case 1:
+			err = img.WriteZeroes(off, 512, 0)
+		}
+		if err != nil {
+			panic(err)
+		}
+	}
+	return img
+}
+
 // backingIs returns a test of the backing file's name.
 func backingIs(name string) func(*Info) bool {
 	return func(i *Info) bool { return i.BackingFile == name }
@@ -163,7 +186,12 @@ func amendWorks() []amendWork {
 			c.fill /= 2
 			var o RebaseOptions
 			if c.base == nil || rng.IntN(3) > 0 {
-				c.other, _ = amendDisk((c.size*int64(60+rng.IntN(80))/100+511)&^511, 2, rng)
+				below := (c.size*int64(60+rng.IntN(80))/100 + 511) &^ 511
+				if c.base != nil && rng.IntN(2) == 0 {
+					c.other = amendOverlay(c.base, below, rng) // the chains have a layer in common
+				} else {
+					c.other, _ = amendDisk(below, 2, rng)
+				}
 				o.BackingFile, o.BackingFormat = "another/base", "qcow2"
 			}
 			rebased(c, o)

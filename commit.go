@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
+	"sync"
 	"syscall"
 )
 
@@ -129,48 +131,137 @@ func (c *committer) run() error {
 	if err := growDisk(c.ctx, c.base, total); err != nil {
 		return fmt.Errorf("grow the backing disk to %d bytes: %w", total, err)
 	}
-	buf := make([]byte, convertChunk)
-	for off := int64(0); off < total; {
-		n := min(convertChunk, total-off)
-		for e, err := range c.img.extents(off, n) {
-			if err == nil {
-				err = c.ctx.Err()
+	if total == 0 && c.o.Progress != nil {
+		c.o.Progress(0, 0)
+	}
+	// Pieces are read ahead, and written in order by this goroutine: what the base looks like does not depend on who was
+	// faster. What is written hides nothing that is still to be read, for all of that lies above the base.
+	pieces := make([]commitPiece, min(runtime.GOMAXPROCS(0), maxCommitReaders)+1)
+	for i := range pieces {
+		pieces[i].read = make(chan struct{}, 1)
+	}
+	ctx, cancel := context.WithCancel(c.ctx)
+	jobs := make(chan *commitPiece, len(pieces))
+	var readers sync.WaitGroup
+	for range len(pieces) - 1 {
+		readers.Add(1)
+		go func() {
+			defer readers.Done()
+			for p := range jobs {
+				p.err = p.fill(ctx, c)
+				p.read <- struct{}{}
 			}
-			if err == nil && e.Depth < c.o.Depth {
-				err = c.extent(&e, buf)
-			}
-			if err != nil {
-				return err
-			}
-		}
-		off += n
-		if c.o.Progress != nil {
-			c.o.Progress(off, total)
+		}()
+	}
+	defer readers.Wait()
+	defer close(jobs)
+	defer cancel()
+	next := int64(0)
+	hand := func(p *commitPiece) {
+		if next < total {
+			p.off, p.n = next, min(convertChunk, total-next)
+			next += p.n
+			jobs <- p
 		}
 	}
-	if c.o.Progress != nil && total == 0 {
-		c.o.Progress(0, 0)
+	for i := range pieces {
+		hand(&pieces[i])
+	}
+	for i, done := 0, int64(0); done < total; i = (i + 1) % len(pieces) {
+		p := &pieces[i]
+		<-p.read
+		if err := c.write(p); err != nil {
+			return err
+		}
+		done += p.n
+		hand(p)
+		if c.o.Progress != nil {
+			c.o.Progress(done, total)
+		}
 	}
 	return nil
 }
 
-// extent writes one extent that lies above the base, and not more than buf holds. What nobody holds there, behind the
-// end of a disk in between, hides the base as zeros do.
-func (c *committer) extent(e *Extent, buf []byte) error {
-	if e.Kind == ExtentZero || e.Kind == ExtentUnallocated {
-		return c.zero(e.Off, e.Len)
-	}
-	p := buf[:e.Len]
-	if n, err := c.img.readAt(p, e.Off); n < len(p) {
-		if err == nil || err == io.EOF {
-			err = io.ErrUnexpectedEOF
+// maxCommitReaders is how many pieces of convertChunk bytes are read at once at most.
+const maxCommitReaders = 4
+
+// commitPiece is a piece of the disk on its way into the base.
+type commitPiece struct {
+	off, n int64
+	parts  []commitPart  // what lies above the base, in order
+	buf    []byte        // the n bytes, as far as parts are data
+	err    error         // what reading ended with; parts that come before it are complete
+	read   chan struct{} // receives once the reader is done
+}
+
+// commitPart is a run of zeros or of data.
+type commitPart struct {
+	off, n int64
+	zero   bool
+}
+
+// fill finds and reads what lies above the base. What nobody holds there, behind the end of a disk in between, hides the
+// base as zeros do.
+func (p *commitPiece) fill(ctx context.Context, c *committer) error {
+	p.parts = p.parts[:0]
+	var failed error
+	for e, err := range c.img.extents(p.off, p.n) {
+		if err == nil {
+			err = ctx.Err()
 		}
-		return err
+		if err != nil {
+			failed = err
+			break
+		}
+		if e.Depth >= c.o.Depth {
+			continue
+		}
+		part := commitPart{e.Off, e.Len, e.Kind.readsZero()}
+		if last := len(p.parts) - 1; last >= 0 && p.parts[last].zero == part.zero && p.parts[last].off+p.parts[last].n == part.off {
+			p.parts[last].n += part.n
+		} else {
+			p.parts = append(p.parts, part)
+		}
 	}
-	if _, err := c.base.WriteAt(p, e.Off); err != nil {
-		return fmt.Errorf("backing disk: %w", err)
+	for i, part := range p.parts {
+		if part.zero {
+			continue
+		}
+		if p.buf == nil {
+			p.buf = make([]byte, convertChunk)
+		}
+		data := p.data(part)
+		if n, err := c.img.readAt(data, part.off); n < len(data) {
+			if err == nil || err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			p.parts = p.parts[:i]
+			return err
+		}
 	}
-	return nil
+	return failed
+}
+
+// data returns the place in buf of a part.
+func (p *commitPiece) data(part commitPart) []byte { return p.buf[part.off-p.off:][:part.n] }
+
+// write writes a piece that was read into the base, and returns what ended its reading.
+func (c *committer) write(p *commitPiece) error {
+	for _, part := range p.parts {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
+		if part.zero {
+			if err := c.zero(part.off, part.n); err != nil {
+				return err
+			}
+			continue
+		}
+		if _, err := c.base.WriteAt(p.data(part), part.off); err != nil {
+			return fmt.Errorf("backing disk: %w", err)
+		}
+	}
+	return p.err
 }
 
 // zero makes n bytes at off of the base read as zeros, where they do not.

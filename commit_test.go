@@ -248,6 +248,48 @@ func TestCommit(t *testing.T) {
 	}
 }
 
+// TestCommitReaders commits an image of several pieces with one reader and with as many as there are: the base becomes
+// the same file, byte by byte.
+func TestCommitReaders(t *testing.T) {
+	const size = 5*convertChunk + 512
+	commit := func(procs int) []byte {
+		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(procs))
+		base := NewMemoryStorage()
+		below, err := CreateStorage(base, size, &CreateOptions{ClusterSize: 4096})
+		if err != nil {
+			t.Fatal(err)
+		}
+		rng := rand.New(rand.NewPCG(7, 7))
+		scribble(t, below, rng, 40)
+		if err := below.Close(); err != nil {
+			t.Fatal(err)
+		}
+		open := OpenOptions{Resolver: ResolverMap{"base": base}}
+		img, err := CreateStorage(NewMemoryStorage(), size, &CreateOptions{BackingFile: "base", BackingFormat: "qcow2", Open: &open})
+		if err != nil {
+			t.Fatal(err)
+		}
+		scribble(t, img, rng, 60)
+		want := diskBytes(t, img)
+		if err := img.Commit(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(diskBytes(t, img), want) {
+			t.Error("the content differs")
+		}
+		if err := img.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return readAll(t, base)
+	}
+	want := commit(1)
+	for _, procs := range []int{2, 8} {
+		if got := commit(procs); !bytes.Equal(got, want) {
+			t.Errorf("%d: the base differs at %#x", procs, differenceAt(got, want))
+		}
+	}
+}
+
 // TestCommitZeros commits zero clusters and subclusters, over content of the base.
 func TestCommitZeros(t *testing.T) {
 	for _, extended := range []bool{false, true} {

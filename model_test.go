@@ -294,6 +294,7 @@ type modelStats struct {
 	tables          int // L2 tables at the end
 	tableMoves      int
 	amends          int // carried out, with rebases
+	judged          int // looks of QEMU
 	compressedFound int // compressed clusters that the walks saw, at most at once
 }
 
@@ -312,13 +313,19 @@ func (s *modelStats) add(o modelStats) {
 	s.walks += o.walks
 	s.tableMoves += o.tableMoves
 	s.amends += o.amends
+	s.judged += o.judged
 	s.compressedFound = max(s.compressedFound, o.compressedFound)
 }
+
+// modelJudge looks at the files of an image that is closed, and says what is wrong, beside the content that its disk should
+// have. It reports whether it could.
+type modelJudge func(f *modelFiles, content *sparseBytes) (judged bool, err error)
 
 // modelRun is one image beside its model.
 type modelRun struct {
 	c     workloadConfig
 	f     *modelFiles
+	judge modelJudge
 	img   *Image
 	model *sparseBytes
 	snaps []modelSnapshot
@@ -341,7 +348,7 @@ func (e *modelFailure) Unwrap() error { return e.err }
 
 // runModel runs ops on a new image of the configuration, compares everything at the end, closes it, walks
 // it and reads it once more by the independent reader. judge, if not nil, looks at the closed files.
-func runModel(c workloadConfig, seed uint64, ops []op, dir string, judge func(*modelFiles) error) (stats modelStats, err error) {
+func runModel(c workloadConfig, seed uint64, ops []op, dir string, judge modelJudge) (stats modelStats, err error) {
 	f, err := newModelFiles(c, seed, dir)
 	defer f.close()
 	if err != nil {
@@ -351,7 +358,7 @@ func runModel(c workloadConfig, seed uint64, ops []op, dir string, judge func(*m
 }
 
 // runModelOn is runModel on given files.
-func runModelOn(c workloadConfig, f *modelFiles, ops []op, judge func(*modelFiles) error) (stats modelStats, err error) {
+func runModelOn(c workloadConfig, f *modelFiles, ops []op, judge modelJudge) (stats modelStats, err error) {
 	at := 0
 	defer func() {
 		if p := recover(); p != nil {
@@ -361,7 +368,7 @@ func runModelOn(c workloadConfig, f *modelFiles, ops []op, judge func(*modelFile
 			err = &modelFailure{at: at, err: err}
 		}
 	}()
-	r := &modelRun{c: c, f: f, model: newSparseBytes(c.size())}
+	r := &modelRun{c: c, f: f, judge: judge, model: newSparseBytes(c.size())}
 	for i, pg := range f.content.pages {
 		r.model.pages[i] = new([modelPage]byte)
 		*r.model.pages[i] = *pg
@@ -382,11 +389,11 @@ func runModelOn(c workloadConfig, f *modelFiles, ops []op, judge func(*modelFile
 		r.stats.ops++
 	}
 	at = len(ops)
-	return r.stats, r.finish(judge)
+	return r.stats, r.finish()
 }
 
 // finish compares everything, closes the image and looks at what it left.
-func (r *modelRun) finish(judge func(*modelFiles) error) error {
+func (r *modelRun) finish() error {
 	if err := r.compareAll(r.img.ReadAt); err != nil {
 		return fmt.Errorf("at the end: %w", err)
 	}
@@ -417,10 +424,19 @@ func (r *modelRun) finish(judge func(*modelFiles) error) error {
 			return fmt.Errorf("the raw data file alone: %w", err)
 		}
 	}
-	if judge != nil {
-		return judge(r.f)
+	return r.askJudge()
+}
+
+// askJudge has the judge, if there is one, look at the files of the closed image.
+func (r *modelRun) askJudge() error {
+	if r.judge == nil {
+		return nil
 	}
-	return nil
+	judged, err := r.judge(r.f, r.model)
+	if judged {
+		r.stats.judged++
+	}
+	return err
 }
 
 // countTables counts the L2 tables of the disk, the most that it has had when it was asked.
@@ -536,10 +552,13 @@ func (r *modelRun) do(o op) error {
 		return r.snapshot(o)
 	case opReopen:
 		r.stats.reopens++
-		if err := r.close(); err != nil {
+		err := r.close()
+		if err == nil && r.stats.reopens%4 == 1 {
+			err = r.askJudge()
+		}
+		if err != nil {
 			return err
 		}
-		var err error
 		r.img, err = OpenStorage(r.f.image, r.f.openOptions(r.c))
 		return err
 	}
@@ -791,12 +810,11 @@ func (c workloadConfig) modelImages() int {
 func runConfig(t *testing.T, c workloadConfig, seed uint64, nOps int) modelStats {
 	t.Helper()
 	var total modelStats
-	judge := func(f *modelFiles) error {
-		if f.path == "" {
-			return nil
+	judge := func(f *modelFiles, content *sparseBytes) (bool, error) {
+		if f.path == "" || !lookQemu() {
+			return false, nil
 		}
-		f.close()
-		return qemuJudge(t, f.path)
+		return true, qemuJudge(t, f.path, content)
 	}
 	images := min(c.modelImages(), max(nOps/300, 1))
 	dir := t.TempDir()
@@ -816,13 +834,27 @@ func runConfig(t *testing.T, c workloadConfig, seed uint64, nOps int) modelStats
 	return total
 }
 
-// qemuJudge has qemu-img check the image, where it is installed.
-func qemuJudge(t *testing.T, path string) error {
-	if !lookQemu() {
-		return nil
-	}
+// qemuJudge has qemu-img check the image, and compare it with a raw file of the content.
+func qemuJudge(t *testing.T, path string, content *sparseBytes) error {
 	if r := qemutest.Check(t, path); !r.Clean() {
 		return fmt.Errorf("qemu-img check: %s", r.Output)
+	}
+	raw, err := os.Create(path + ".content")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(raw.Name())
+	defer raw.Close()
+	if err := raw.Truncate(content.size); err != nil {
+		return err
+	}
+	for i, page := range content.pages {
+		if _, err := raw.WriteAt(page[:min(modelPage, content.size-i*modelPage)], i*modelPage); err != nil {
+			return err
+		}
+	}
+	if out, exit := qemutest.ImgExit(t, "compare", "-f", "qcow2", "-F", "raw", path, raw.Name()); exit != 0 {
+		return fmt.Errorf("qemu-img compare: exit code %d: %s", exit, out)
 	}
 	return nil
 }
@@ -979,8 +1011,8 @@ func TestModel(t *testing.T) {
 		return 300
 	})
 	t.Logf("%d of %d configurations: %+v", len(configs), len(all), s)
-	if s.packed == 0 || s.compressedFound == 0 || s.reopens == 0 || s.amends == 0 {
-		t.Errorf("the slice has no compressed writes, reopens or amends: %+v", s)
+	if s.packed == 0 || s.compressedFound == 0 || s.reopens == 0 || s.amends == 0 || lookQemu() && s.judged == 0 {
+		t.Errorf("the slice has no compressed writes, reopens, amends or looks of QEMU: %+v", s)
 	}
 }
 

@@ -66,6 +66,7 @@ func (r *modelRun) commit() error {
 	case err != nil:
 		return err
 	}
+	r.f.content.resize(max(r.f.content.size, r.img.Size())) // the backing file has grown
 	r.f.content.zero(0, r.img.Size())
 	r.model.copyTo(r.f.content)
 	if !r.c.external() {

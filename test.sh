@@ -47,7 +47,7 @@ skip() {
 }
 
 # names VERDICT prints the steps that ended so, in a line.
-names() { sed -n "s/^$1 //p" "$verdicts" | paste -sd ' '; }
+names() { sed -nE "s/^($1) //p" "$verdicts" | paste -sd ' ' -; }
 
 # count VERDICT prints how many steps ended so.
 count() { grep -c "^$1 " "$verdicts" || true; }
@@ -173,7 +173,7 @@ step tests unit
 wait $! || echo "LOST the other steps" >>"$verdicts"
 cat "$scratch/others"
 
-failed=$(names FAILED)$(names LOST)
+failed=$(names 'FAILED|LOST')
 skipped=$(names SKIPPED)
 verdict=PASSED
 [[ -z $failed ]] || verdict="FAILED ($failed)"

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"runtime"
 	"sync"
 	"syscall"
@@ -131,9 +132,6 @@ func (c *committer) run() error {
 	if err := growDisk(c.ctx, c.base, total); err != nil {
 		return fmt.Errorf("grow the backing disk to %d bytes: %w", total, err)
 	}
-	if total == 0 && c.o.Progress != nil {
-		c.o.Progress(0, 0)
-	}
 	// Pieces are read ahead, and written in order by this goroutine: what the base looks like does not depend on who was
 	// faster. What is written hides nothing that is still to be read, for all of that lies above the base.
 	pieces := make([]commitPiece, min(runtime.GOMAXPROCS(0), maxCommitReaders)+1)
@@ -148,7 +146,9 @@ func (c *committer) run() error {
 		go func() {
 			defer readers.Done()
 			for p := range jobs {
-				p.err = p.fill(ctx, c)
+				if err := p.fill(ctx, c); err != nil {
+					p.err = err // it comes before what ended the search
+				}
 				p.read <- struct{}{}
 			}
 		}()
@@ -156,42 +156,50 @@ func (c *committer) run() error {
 	defer readers.Wait()
 	defer close(jobs)
 	defer cancel()
-	next := int64(0)
-	hand := func(p *commitPiece) {
-		if next < total {
-			p.off, p.n = next, min(convertChunk, total-next)
-			next += p.n
-			jobs <- p
+	next, stop := iter.Pull2(c.img.extents(0, total))
+	defer stop()
+	scan := &commitScan{ctx: ctx, next: next, depth: c.o.Depth}
+	found, written := 0, 0
+	for {
+		for found-written < len(pieces) && !scan.done {
+			if p := &pieces[found%len(pieces)]; scan.piece(p) {
+				jobs <- p
+				found++
+			}
 		}
-	}
-	for i := range pieces {
-		hand(&pieces[i])
-	}
-	for i, done := 0, int64(0); done < total; i = (i + 1) % len(pieces) {
-		p := &pieces[i]
+		if written == found {
+			break
+		}
+		p := &pieces[written%len(pieces)]
 		<-p.read
 		if err := c.write(p); err != nil {
 			return err
 		}
-		done += p.n
-		hand(p)
-		if c.o.Progress != nil {
-			c.o.Progress(done, total)
+		written++
+		if c.o.Progress != nil && p.end < total {
+			c.o.Progress(p.end, total)
 		}
+	}
+	if c.o.Progress != nil {
+		c.o.Progress(total, total)
 	}
 	return nil
 }
 
-// maxCommitReaders is how many pieces of convertChunk bytes are read at once at most.
-const maxCommitReaders = 4
+const (
+	// maxCommitReaders is how many pieces of convertChunk bytes are read at once at most.
+	maxCommitReaders = 4
+	// maxCommitZeros is the most zeros that a piece has, in bytes, so that a cancellation is heard.
+	maxCommitZeros = 1 << 30
+)
 
 // commitPiece is a piece of the disk on its way into the base.
 type commitPiece struct {
-	off, n int64
-	parts  []commitPart  // what lies above the base, in order
-	buf    []byte        // the n bytes, as far as parts are data
-	err    error         // what reading ended with; parts that come before it are complete
-	read   chan struct{} // receives once the reader is done
+	off, end int64         // guest offset that buf begins at; up to which everything is in this piece, or before it
+	parts    []commitPart  // what lies above the base, in order
+	buf      []byte        // convertChunk bytes of the disk, as far as parts are data
+	err      error         // what comes after the parts: an error of the search, or of reading, which leaves fewer of them
+	read     chan struct{} // receives once the reader is done
 }
 
 // commitPart is a run of zeros or of data.
@@ -200,32 +208,67 @@ type commitPart struct {
 	zero   bool
 }
 
-// fill finds and reads what lies above the base. What nobody holds there, behind the end of a disk in between, hides the
-// base as zeros do.
-func (p *commitPiece) fill(ctx context.Context, c *committer) error {
-	p.parts = p.parts[:0]
-	var failed error
-	for e, err := range c.img.extents(p.off, p.n) {
-		if err == nil {
-			err = ctx.Err()
+// commitScan goes through the extents of the image, and finds what lies above the base.
+type commitScan struct {
+	ctx   context.Context
+	next  func() (Extent, error, bool)
+	depth int    // of the base
+	e     Extent // the rest of the last one; Len is 0 where nothing is left
+	done  bool   // there is no more
+}
+
+// piece makes p the next piece, with an error perhaps. It reports whether there is one. The data of a piece lies within
+// convertChunk bytes from a multiple of that on, so that no cluster is unpacked twice. What nobody holds above the base,
+// behind the end of a disk in between, hides the base as zeros do.
+func (s *commitScan) piece(p *commitPiece) bool {
+	p.parts, p.err = p.parts[:0], nil
+	for {
+		if s.e.Len == 0 {
+			e, err, ok := s.next()
+			if err == nil {
+				err = s.ctx.Err()
+			}
+			if s.done = !ok || err != nil; s.done {
+				p.err = err
+				return len(p.parts) > 0 || err != nil
+			}
+			if e.Depth >= s.depth {
+				continue
+			}
+			s.e = e
 		}
-		if err != nil {
-			failed = err
-			break
+		part := commitPart{off: s.e.Off, n: s.e.Len, zero: s.e.Kind.readsZero()}
+		if len(p.parts) == 0 {
+			p.off = part.off - part.off%convertChunk
 		}
-		if e.Depth >= c.o.Depth {
-			continue
+		end := p.off + convertChunk
+		switch {
+		case part.off >= end:
+			return true
+		case part.zero && len(p.parts) == 0:
+			part.n = min(part.n, maxCommitZeros)
+		default:
+			part.n = min(part.n, end-part.off)
 		}
-		part := commitPart{e.Off, e.Len, e.Kind.readsZero()}
+		s.e.Off, s.e.Len = s.e.Off+part.n, s.e.Len-part.n
+		p.end = part.off + part.n
 		if last := len(p.parts) - 1; last >= 0 && p.parts[last].zero == part.zero && p.parts[last].off+p.parts[last].n == part.off {
 			p.parts[last].n += part.n
 		} else {
 			p.parts = append(p.parts, part)
 		}
 	}
+}
+
+// fill reads the data of a piece. It cuts the parts before the one with an error.
+func (p *commitPiece) fill(ctx context.Context, c *committer) error {
 	for i, part := range p.parts {
 		if part.zero {
 			continue
+		}
+		if err := ctx.Err(); err != nil {
+			p.parts = p.parts[:i]
+			return err
 		}
 		if p.buf == nil {
 			p.buf = make([]byte, convertChunk)
@@ -239,7 +282,7 @@ func (p *commitPiece) fill(ctx context.Context, c *committer) error {
 			return err
 		}
 	}
-	return failed
+	return nil
 }
 
 // data returns the place in buf of a part.

@@ -240,12 +240,11 @@ func (r *rebaser) copy(held bool) error {
 	}
 	was, will := r.img.lower().disk, r.below.disk
 	layers := [2][]layer{layersOf(was), layersOf(will)}
-	for off := uint64(0); off < r.img.size.Load(); {
-		end := r.img.size.Load()
+	// The disk may grow meanwhile.
+	for off, end := uint64(0), r.img.size.Load(); off < end; off, end = end, r.img.size.Load() {
 		if err := r.copyUpTo(newExtentPair(was, will, int64(off), int64(end)), layers, off, end, held); err != nil {
 			return err
 		}
-		off = end
 	}
 	return nil
 }

@@ -3,7 +3,6 @@ package qcow2
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -202,7 +201,7 @@ func TestLayersOf(t *testing.T) {
 	top, _ := memoryOverlay(t, read1, 1<<20, CreateOptions{}, OpenOptions{})
 	defer top.Close()
 	if layers := [2][]layer{layersOf(top), layersOf(read2)}; !sameLayer(&Extent{Depth: 1}, &Extent{}, layers) || sameLayer(&Extent{}, &Extent{}, layers) || sameLayer(&Extent{Depth: 2}, &Extent{}, layers) {
-		t.Errorf("layers %v", fmt.Sprint(layers))
+		t.Errorf("layers %v", layers)
 	}
 }
 

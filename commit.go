@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"iter"
 	"runtime"
 	"sync"
@@ -274,10 +273,8 @@ func (p *commitPiece) fill(ctx context.Context, c *committer) error {
 			p.buf = make([]byte, convertChunk)
 		}
 		data := p.data(part)
-		if n, err := c.img.readAt(data, part.off); n < len(data) {
-			if err == nil || err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
+		n, err := c.img.readAt(data, part.off)
+		if err := filled(n, len(data), err); err != nil {
 			p.parts = p.parts[:i]
 			return err
 		}

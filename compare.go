@@ -3,9 +3,7 @@ package qcow2
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -242,10 +240,7 @@ func (c *comparison) compare(ctx context.Context, j compareJob, bufs *[2][]byte)
 		}
 		parts[i] = bufs[i][:j.n]
 		n, err := readBelow(c.disks[i], parts[i], j.off)
-		if n < len(parts[i]) {
-			if err == nil || errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
+		if err := filled(n, len(parts[i]), err); err != nil {
 			c.found(&outcome{off: j.off, err: &CompareError{Second: i == 1, Reading: true, Off: j.off, Err: err}})
 			return
 		}

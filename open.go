@@ -539,6 +539,18 @@ func readBelow(d Disk, p []byte, off int64) (int, error) {
 	return d.ReadAt(p, off)
 }
 
+// filled returns the error of a ReadAt that read n bytes of want: nil if that is all, and io.ErrUnexpectedEOF where the
+// disk ends before.
+func filled(n, want int, err error) error {
+	switch {
+	case n >= want:
+		return nil
+	case err == nil || errors.Is(err, io.EOF):
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
 // openBelow opens a backing disk in s, which it closes after an error.
 func openBelow(s Storage, format string, ref FileRef, o OpenOptions, c *chain) (Disk, error) {
 	below := OpenOptions{Resolver: o.Resolver, Name: ref.Path(), Limits: o.Limits, Lock: o.Lock, NoSync: o.NoSync,

@@ -2,10 +2,8 @@ package qcow2
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"hash/maphash"
-	"io"
 	"iter"
 	"sync"
 )
@@ -145,11 +143,8 @@ func (s *streamSource) readClusters(p []byte, first uint64) error {
 	in := p[:min(uint64(len(p)), s.size-off)]
 	clear(p[len(in):])
 	n, err := s.ReadAt(in, int64(off))
-	if n >= len(in) {
+	if err = filled(n, len(in), err); err == nil {
 		return nil
-	}
-	if err == nil || errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
 	}
 	return fmt.Errorf("read %d bytes at guest %#x: %w", len(in), off, err)
 }
